@@ -1,0 +1,38 @@
+# make repro and make test each do their own set-up, in .venv. Everything else is plain dvc and pytest in there.
+
+# The first Python on the path that is new enough; PYTHON=/some/python takes another.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
+	$(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test
+
+help:
+	@echo 'make repro   set up, then run the pipeline on params.yaml and show what came out'
+	@echo 'make test    set up, then lint, check types and run all tests'
+	@echo 'make setup   make .venv with the versions of requirements.lock'
+
+setup: .venv/ready
+
+.venv/ready: requirements.lock
+	@test -n '$(PYTHON)' || { echo 'encore: no Python 3.11 or newer on the path; install one, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("encore: $(PYTHON) is Python %d.%d; Encore needs 3.11 or newer: make PYTHON=/path/to/python3" % sys.version_info[:2])'
+	$(PYTHON) -m venv --clear .venv
+	@echo 'Installing requirements.lock into .venv; this takes some minutes the first time.'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock \
+		&& $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . \
+		|| { echo 'encore: pip could not install requirements.lock (see above); check the network and the disk, then run make again' >&2; exit 1; }
+	@$(BIN)/python -m encore.plots_page && dvc config --local plots.html_template plots_template.html
+	@touch $@
+
+repro: setup
+	@dvc repro
+	@python -m encore.summary
+
+test: setup
+	ruff check .
+	ruff format --check .
+	mypy
+	pytest
