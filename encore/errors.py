@@ -1,0 +1,46 @@
+"""How Encore fails: one sentence on standard error and a non-zero exit code. A traceback means a bug of ours."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+
+class EncoreError(Exception):
+    """Something that the user can mend. The message names the file, key or value, and the way out."""
+
+
+class Interrupted(Exception):
+    """A signal asked the stage to stop early, and the stage has saved what it had.
+
+    The exit code is 128 + `signal_number`, as a shell would give it. It must not be 0: DVC would commit
+    the unfinished stage as complete. Without a message it ends in silence, as a rank does that only went along.
+    """
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Runs a stage's `main` and turns the failures that a user can mend into a sentence and an exit code."""
+    try:
+        main()
+    except EncoreError as error:
+        _exit(str(error), 1)
+    except Interrupted as stop:
+        _exit(str(stop), stop.exit_code)
+    except KeyboardInterrupt:
+        _exit("stopped by Ctrl-C; run the same command to go on", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = error.filename or os.getcwd()
+        _exit(f"{where}: {error.strerror}; make room or change the permissions, then run the same command", 1)
+
+
+def _exit(message: str, exit_code: int) -> None:
+    sys.stdout.flush()
+    if message:
+        print(f"encore: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(exit_code)

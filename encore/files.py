@@ -1,0 +1,85 @@
+"""Whole files: what is visible under its final name is complete (written beside, synced, renamed)."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from encore.errors import EncoreError
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new and nothing between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON in the order given.
+
+    Raises ValueError on NaN and infinity, which JSON does not have.
+    """
+    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file. Raises EncoreError where it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise EncoreError(f"{path} is missing; `dvc repro` makes it") from None
+    except ValueError as error:
+        raise EncoreError(f"{path} is not valid JSON ({error}); delete it and run `dvc repro`") from None
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `folder`; on success it takes `folder`'s place, on failure it goes."""
+    partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        sync(partial)
+        if folder.exists():
+            os.replace(folder, old)  # as a whole, as it was there
+        os.replace(partial, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, which takes no room, or a copy where the file system has none or `target` is on another one."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def sync(path: Path) -> None:
+    """Asks the disk to hold a file's bytes, or a folder's entries, before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,105 @@
+"""What training starts from: `init_from` is scratch, the name of published weights, or a folder of weights.
+
+A folder is one that `encore.export` or transformers has written: config.json and model.safetensors. The download stage
+brings the weights to data/init, where the train stage finds them without a network.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from encore.errors import EncoreError
+
+SCRATCH = "scratch"
+CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "encore.json"
+# What transformers' GPT-2 can be told to do otherwise, with weights of the same shapes.
+COMPUTED = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+}
+
+
+class Shape(NamedTuple):
+    """What params.yaml must say of the model, but for block_size, which may be lower."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    bias: bool
+    block_size: int
+
+
+class Published(NamedTuple):
+    """Weights on the Hugging Face Hub, pinned by a commit."""
+
+    repository: str
+    commit: str
+    shape: Shape
+
+
+PUBLISHED = {
+    "gpt2": Published(
+        "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", Shape(12, 12, 768, True, 1024)
+    ),
+    "gpt2-medium": Published(
+        "openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da", Shape(24, 16, 1024, True, 1024)
+    ),
+    "gpt2-large": Published(
+        "openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519", Shape(36, 20, 1280, True, 1024)
+    ),
+    "gpt2-xl": Published(
+        "openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2", Shape(48, 25, 1600, True, 1024)
+    ),
+}
+
+
+def read_shape(folder: Path) -> Shape:
+    """The shape of the weights in a folder. Raises EncoreError where it holds none of a GPT-2."""
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise EncoreError(f"init_from: {folder / name} is missing; name a folder that holds {CONFIG} and {WEIGHTS}")
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+        if config["model_type"] != "gpt2":
+            raise EncoreError(f"init_from: {folder} holds a {config['model_type']}; name the folder of a gpt2")
+        for key, value in COMPUTED.items():
+            if config.get(key, value) != value:
+                raise EncoreError(
+                    f"init_from: {folder / CONFIG} has {key}: {config[key]}, where Encore computes with {value} only; "
+                    "name other weights"
+                )
+        # Only Encore has models without biases, and says so in its record.
+        bias = json.loads((folder / RECORD).read_bytes())["bias"] if (folder / RECORD).exists() else True
+        return Shape(config["n_layer"], config["n_head"], config["n_embd"], bias, config["n_positions"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise EncoreError(
+            f"init_from: {folder} does not say which GPT-2 it holds ({error!r}); name one that Encore or transformers "
+            "has written"
+        ) from None
+
+
+def find_misfits(values: dict[str, Any]) -> list[str]:
+    """Where params.yaml describes another model than `init_from` has; one sentence for each key.
+
+    values: the page's. Raises EncoreError where there are no such weights.
+    """
+    start = values["init_from"]
+    if start == SCRATCH:
+        return []
+    shape = PUBLISHED[start].shape if start in PUBLISHED else read_shape(Path(start))
+    misfits = [
+        f"{key}: {values[key]} is not what the weights of init_from, {start}, have: {wanted}"
+        for key, wanted in shape._asdict().items()
+        if key != "block_size" and values[key] != wanted
+    ]
+    if values["block_size"] > shape.block_size:
+        misfits.append(
+            f"block_size: {values['block_size']} is above {shape.block_size}, what the weights of init_from, {start}, "
+            "have positions for; it may be lower"
+        )
+    if start in PUBLISHED and values["tokenizer"] != "gpt2":
+        misfits.append(f"tokenizer: {values['tokenizer']} is not that of init_from, {start}; set gpt2")
+    return misfits

@@ -1,0 +1,263 @@
+"""params.yaml: the schema that is its only door, and each stage's view of the keys that dvc.yaml lists for it."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from encore.errors import EncoreError
+from encore.init_from import PUBLISHED
+
+PAGE = Path("params.yaml")
+PIPELINE = Path("dvc.yaml")
+GPT2_VOCAB_SIZE = 50_257
+SOURCE = re.compile(
+    r"hf:[\w.-]+/[\w.-]+(/[\w./-]+)?"  # a Hub data set, and a folder in it where it has several
+    r"|files:.+"
+    r"|package:[A-Za-z0-9][\w.-]*"
+)
+STARTS = ("scratch", *PUBLISHED)
+REVISIONS = {
+    "hf": (r"[0-9a-f]{40}", "the 40 hex digits of a commit"),
+    "files": (r"[0-9a-f]{64}", "the sha256 of the files"),
+    "package": (r"\d[\w.!+-]*", "a version"),
+}
+
+
+def _number(value: Any) -> Any:
+    """`-S learning_rate=6e-5` and `4_000_000` can arrive as strings, and true is not a number."""
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted")
+    if isinstance(value, str):
+        try:
+            return float(value) if re.search(r"[.eEnN]", value) else int(value)
+        except ValueError:
+            raise ValueError("a number is wanted") from None
+    return value
+
+
+def _start(value: str) -> str:
+    if Path(value).parts[:1] == ("data",):
+        raise ValueError("data/ is the pipeline's own, where files come and go; copy the folder elsewhere")
+    if value not in STARTS and "/" not in value:
+        raise ValueError(f"it should be {', '.join(STARTS)}, or the path of a folder of weights, with a / in it")
+    return value
+
+
+def _source(value: str) -> str:
+    if not SOURCE.fullmatch(value):
+        raise ValueError("a source is hf:OWNER/NAME, files:GLOB or package:NAME")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Positive = Annotated[Integer, Field(ge=1)]
+Text = Annotated[str, Field(strict=True, min_length=1)]
+
+
+class Params(BaseModel):
+    """Every key of params.yaml. The page itself says what each means; here is what each may be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dataset: Annotated[Text, BeforeValidator(lambda value: _source(value) if isinstance(value, str) else value)]
+    dataset_revision: Text
+    text_column: Text
+    shard_order: Literal["by_name", "shuffled"]
+    tokenizer: Literal["bpe", "gpt2"]
+    vocab_size: Annotated[Integer, Field(ge=257, le=2**31)]
+    token_cap: Positive
+    val_fraction: Annotated[Real, Field(gt=0, lt=1)]
+    split_seed: Annotated[Integer, Field(ge=0)]
+
+    architecture: Literal["gpt2"]
+    n_layer: Positive
+    n_head: Positive
+    n_embd: Positive
+    block_size: Positive
+    bias: Annotated[bool, Field(strict=True)]
+    dropout: Annotated[Real, Field(ge=0, lt=1)]
+    init_from: Annotated[Text, BeforeValidator(lambda value: _start(value) if isinstance(value, str) else value)]
+
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)]
+    batch_size: Positive
+    gradient_accumulation_steps: Positive
+    max_iters: Positive
+    learning_rate: Annotated[Real, Field(gt=0)]
+    warmup_iters: Annotated[Integer, Field(ge=0)]
+    lr_decay_iters: Positive | None
+    min_lr: Annotated[Real, Field(ge=0)]
+    weight_decay: Annotated[Real, Field(ge=0)]
+    beta1: Annotated[Real, Field(ge=0, lt=1)]
+    beta2: Annotated[Real, Field(ge=0, lt=1)]
+    grad_clip: Annotated[Real, Field(ge=0)]
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    compile: Literal["auto", True, False]
+    log_interval: Positive
+    eval_interval: Positive
+    eval_iters: Positive
+    checkpoint_interval: Positive
+    keep_checkpoints: Positive
+
+    start: Annotated[str, Field(strict=True)]
+    num_samples: Annotated[Integer, Field(ge=0)]
+    max_new_tokens: Positive
+    temperature: Annotated[Real, Field(ge=0)]
+    top_k: Positive | None
+
+
+class StageParams:
+    """The keys that dvc.yaml lists for one stage, as attributes. Any other key is an error."""
+
+    def __init__(self, stage: str, values: dict[str, Any]) -> None:
+        self._stage = stage
+        self._values = values
+
+    def __getattr__(self, key: str) -> Any:
+        if key.startswith("__"):  # what copy and pickle ask of every object
+            raise AttributeError(key)
+        if key not in self._values:
+            raise EncoreError(
+                f"stage {self._stage} reads params.yaml's {key}, which DVC does not track for it: "
+                f"add `- {key}` to stages.{self._stage}.params in {PIPELINE}"
+            )
+        return self._values[key]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys and values in the order of dvc.yaml."""
+        return dict(self._values)
+
+
+def load_params(stage: str) -> StageParams:
+    """Validates all of params.yaml and hands out the keys that dvc.yaml lists for `stage`.
+
+    Raises EncoreError with every problem of the page at once.
+    """
+    params = check_page(PAGE).model_dump()
+    stages = _read_yaml(PIPELINE).get("stages", {})
+    if stage not in stages:
+        raise EncoreError(f"{PIPELINE} has no stage named {stage}; it has {', '.join(stages)}")
+    keys = stages[stage].get("params", [])
+    unknown = [key for key in keys if key not in params]
+    if unknown:
+        raise EncoreError(f"{PIPELINE} lists {', '.join(unknown)} for stage {stage}, which params.yaml does not have")
+    return StageParams(stage, {key: params[key] for key in keys})
+
+
+def check_page(path: Path) -> Params:
+    """Reads and validates a whole page of parameters. Raises EncoreError listing every problem found."""
+    page = _read_yaml(path)
+    problems = find_problems(page)
+    if problems:
+        raise EncoreError(list_problems(path, problems))
+    return Params.model_validate(page)
+
+
+def list_problems(path: Path, problems: list[str]) -> str:
+    """A page's problems, one a line."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return "\n  ".join([f"{path} has {count}; nothing was run:", *problems])
+
+
+def find_problems(page: dict[str, Any]) -> list[str]:
+    """One sentence for each key that is unknown, missing or wrong, and for each pair that cannot work together."""
+    known = Params.model_fields
+    problems = []
+    for key in page:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            problems.append(f"{key}: no such key" + (f"; did you mean {nearest[0]}?" if nearest else "; remove it"))
+    valid: dict[str, Any] = {}
+    for key, field in known.items():
+        if key not in page:
+            problems.append(f"{key}: missing; presets/quickstart.yaml has a line for it")
+            continue
+        annotation: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        try:
+            valid[key] = TypeAdapter(annotation).validate_python(page[key])
+        except ValidationError as error:
+            problems.append(f"{key}: {_quote(page[key])} will not do; {_why(error)}")
+    return problems + _find_conflicts(valid)
+
+
+def find_warnings(params: Params) -> list[str]:
+    """What is allowed and probably not meant."""
+    decay = params.lr_decay_iters
+    if decay is not None and decay != params.max_iters:
+        return [
+            f"lr_decay_iters is {decay} and max_iters is {params.max_iters}, so training will not end at min_lr "
+            "just as the decay does; lr_decay_iters: null follows max_iters"
+        ]
+    return []
+
+
+def _find_conflicts(valid: dict[str, Any]) -> list[str]:
+    """Checks across keys; one that needs a key which is itself wrong waits until that is mended."""
+
+    def have(*keys: str) -> bool:
+        return all(key in valid for key in keys)
+
+    problems = []
+    if have("n_embd", "n_head") and valid["n_embd"] % valid["n_head"]:
+        problems.append(f"n_embd: {valid['n_embd']} does not divide by n_head, {valid['n_head']}")
+    if have("learning_rate", "min_lr") and valid["min_lr"] > valid["learning_rate"]:
+        problems.append(f"min_lr: {valid['min_lr']} is above learning_rate, {valid['learning_rate']}")
+    if have("lr_decay_iters", "max_iters", "warmup_iters"):
+        decay = valid["lr_decay_iters"] or valid["max_iters"]
+        if valid["warmup_iters"] > decay:
+            name = "lr_decay_iters" if valid["lr_decay_iters"] else "max_iters"
+            problems.append(f"warmup_iters: {valid['warmup_iters']} is above {name}, {decay}; warm up for less")
+    if have("tokenizer", "vocab_size") and valid["tokenizer"] == "gpt2" and valid["vocab_size"] != GPT2_VOCAB_SIZE:
+        problems.append(f"vocab_size: {valid['vocab_size']} will not do; the gpt2 tokenizer has {GPT2_VOCAB_SIZE}")
+    if have("dataset", "dataset_revision"):
+        kind = valid["dataset"].split(":")[0]
+        pattern, meaning = REVISIONS[kind]
+        if not re.fullmatch(pattern, valid["dataset_revision"]):
+            problems.append(
+                f"dataset_revision: {_quote(valid['dataset_revision'])} will not do; {kind}: wants {meaning}, "
+                f"which `python -m encore.sources '{valid['dataset']}'` prints"
+            )
+    return problems
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML 1.2 mapping, as DVC does. Raises EncoreError with the line of what is wrong."""
+    try:
+        page = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EncoreError(f"{path} is missing; {_way_back(path)}") from None
+    except UnicodeDecodeError as error:
+        raise EncoreError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = " ".join(str(error.problem).split())
+        raise EncoreError(f"{path}{line}: {problem}") from None
+    except (YAMLError, ValueError) as error:  # ValueError: a date or a tagged number that is none
+        raise EncoreError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(page, dict):
+        raise EncoreError(f"{path} holds no `key: value` lines; {_way_back(path)}")
+    return page
+
+
+def _way_back(path: Path) -> str:
+    source = f"git checkout {path}" if path == PIPELINE else f"cp presets/quickstart.yaml {path}"
+    return f"`{source}` brings it back"
+
+
+def _quote(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
+def _why(error: ValidationError) -> str:
+    """Pydantic's reason, without its prefix; where several types were tried, the first that is not null's."""
+    reasons = [
+        entry["msg"].removeprefix("Value error, ") for entry in error.errors() if entry["type"] != "none_required"
+    ]
+    reason = reasons[0].replace("Input should be", "it should be")
+    return reason[0].lower() + reason[1:]

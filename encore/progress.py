@@ -1,0 +1,59 @@
+"""Progress that suits whoever watches: a bar with rate and time left in a terminal, a line now and then in a log."""
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+def print_line(line: str) -> None:
+    """Prints a line at once and without tearing a bar that stands below."""
+    with tqdm.external_write_mode(file=sys.stdout):
+        print(line, flush=True)
+
+
+class Progress:
+    """Counts up to `total` units of `unit`; a context manager that takes its bar away at the end.
+
+    lines: whether to print lines where there is no terminal; no, for work that prints lines of its own. bar: whether
+    to draw one where there is a terminal; no, where another process draws it.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0, lines: bool = True, bar: bool = True) -> None:
+        self.what, self.total, self.unit, self.done = what, total, unit, done
+        self._started = self._last_line = time.monotonic()
+        self._first = done
+        self._lines = lines
+        self._bar = None
+        if bar and sys.stderr.isatty():
+            self._bar = tqdm(
+                desc=what, total=total, initial=done, unit=f" {unit}", unit_scale=True, dynamic_ncols=True, leave=False
+            )
+
+    def add(self, count: int) -> None:
+        """Notes that `count` more units are done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self._lines and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        now = time.monotonic()
+        self._last_line = now
+        rate = (self.done - self._first) / max(now - self._started, 1e-9)
+        share = min(1.0, self.done / max(self.total, 1))
+        left = f", {(self.total - self.done) / rate:,.0f} s left" if rate and self.done < self.total else ""
+        print(f"{self.what}: {share:.0%}, {self.done:,} {self.unit}, {rate:,.0f} a second{left}", flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

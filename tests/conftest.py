@@ -1,0 +1,181 @@
+"""What many tests need: a page of parameters, a folder of tokens, and a whole copy of the repository to run DVC in."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ruamel.yaml import YAML
+
+from encore.files import sha256_of, write_json, write_whole
+from encore.params import StageParams
+from encore.ranks import write_ranks
+from encore.token_files import MANIFEST, RANKS_FILE, SPLITS, ShardWriter, shards_as_json, token_dtype
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "presets" / "quickstart.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _no_leaking_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests see neither the developer's wandb and scratch settings nor each other's."""
+    for name in filter(_is_setting, list(os.environ)):
+        monkeypatch.delenv(name)
+
+
+def _is_setting(name: str) -> bool:
+    return name.startswith(("ENCORE_", "WANDB_", "DVC_", "HF_"))
+
+
+def read_page(path: Path = QUICKSTART) -> dict[str, Any]:
+    """A page of parameters as plain values."""
+    return YAML(typ="safe", pure=True).load(path.read_text())
+
+
+def write_page(path: Path, **changes: Any) -> None:
+    """The quickstart page with some values changed."""
+    with path.open("w") as file:
+        YAML().dump({**read_page(), **changes}, file)
+
+
+TINY = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "block_size": 16,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_iters": 6,
+    "warmup_iters": 2,
+    "log_interval": 1,
+    "eval_interval": 3,
+    "eval_iters": 2,
+    "checkpoint_interval": 2,
+    "max_new_tokens": 8,
+}
+
+
+@pytest.fixture
+def tiny_params() -> Callable[..., StageParams]:
+    """Makes the train stage's parameters for a model that takes milliseconds a step."""
+    return lambda **changes: StageParams("train", {**read_page(), **TINY, **changes})
+
+
+def write_tokens(folder: Path, train: np.ndarray, val: np.ndarray, vocab_size: int, shard_tokens: int = 1000) -> None:
+    """A token folder as the tokenize stage leaves it; each split is one document that ends with its last token."""
+    folder.mkdir(parents=True)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {b"%03d?" % number: 256 + number for number in range(vocab_size - 257)}
+    write_whole(folder / RANKS_FILE, write_ranks(ranks))
+    dtype = token_dtype(vocab_size)
+    shards = {}
+    for split, tokens in zip(SPLITS, (train, val), strict=True):
+        writer = ShardWriter(folder, split, dtype, shard_tokens)
+        writer.add(tokens.astype(dtype), np.array([len(tokens)]), np.array([3 * len(tokens)]))
+        shards[split] = shards_as_json(writer.finish())
+    manifest = {
+        "dataset": "package:made-up",
+        "dataset_revision": "1.0",
+        "dtype": dtype.name,
+        "vocab_size": vocab_size,
+        "tokenizer": "bpe",
+        "tokenizer_sha256": sha256_of(folder / RANKS_FILE),
+        "token_cap": len(train),
+        "cap_reached": True,
+        "whole_source": True,
+        "text_bytes_per_token": 4.5,
+        "empty_documents": 0,
+        "documents_with_end_of_text": 0,
+        "cut_documents": 0,
+        "shards": shards,
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+@pytest.fixture
+def tokens_folder(tmp_path: Path) -> Path:
+    """Tokens that can be learned a little: a noisy walk over 300 ids, 5,000 for training and 700 held out."""
+    random = np.random.default_rng(0)
+    walk = np.cumsum(random.integers(0, 4, 5700)) % 299
+    folder = tmp_path / "data" / "tokens"
+    write_tokens(folder, walk[:5000], walk[5000:], vocab_size=300)
+    return folder
+
+
+@pytest.fixture
+def fetch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to fetch into; the working directory is beside it."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    target = tmp_path / "raw"
+    target.mkdir()
+    return target
+
+
+def copy_repository(target: Path) -> Path:
+    """A fresh repository with the files that git has or would take here, committed, and no DVC cache."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    for command in (["init", "-q"], ["config", "user.name", "test"], ["config", "user.email", "test@localhost"]):
+        subprocess.run(["git", *command], cwd=target, check=True)
+    commit(target, "clone")
+    return target
+
+
+def commit(repository: Path, message: str) -> None:
+    """Commits all that git does not ignore."""
+    subprocess.run(["git", "add", "-A"], cwd=repository, check=True)
+    subprocess.run(["git", "commit", "-qm", message], cwd=repository, check=True)
+
+
+def pipeline_environment(**more: str) -> dict[str, str]:
+    """The environment of an activated .venv: `python` in dvc.yaml's commands is the one that runs the tests.
+
+    One thread, since threads only wait for each other in models as small as these.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    inherited = {name: value for name, value in os.environ.items() if not _is_setting(name)}
+    return {**inherited, "PATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+def run_dvc(repository: Path, *arguments: str, exit_code: int = 0, **environment: str) -> str:
+    """Runs dvc and returns what it printed; any other exit code than the expected fails the test with that text."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=repository,
+        env=pipeline_environment(**environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == exit_code, done.stdout
+    return done.stdout
+
+
+SMALL = {**TINY, "max_iters": 12, "log_interval": 2, "eval_interval": 4, "checkpoint_interval": 4, "num_samples": 1}
+
+
+@pytest.fixture(scope="session")
+def _finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repository = copy_repository(tmp_path_factory.mktemp("pipeline") / "repository")
+    (repository / "dvc.lock").unlink()  # it would spare the stages whose results are in git
+    write_page(repository / "params.yaml", **SMALL)
+    commit(repository, "a small page")
+    (repository / "output.txt").write_text(run_dvc(repository, "repro"))
+    commit(repository, "results")
+    return repository
+
+
+@pytest.fixture
+def finished(_finished: Path, tmp_path: Path) -> Path:
+    """A copy of a repository in which the whole pipeline has run, on the default data with a small model."""
+    return Path(shutil.copytree(_finished, tmp_path / "repository", symlinks=True))

@@ -1,0 +1,70 @@
+"""stages/check_params.py: the marker that every other stage waits for."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from encore.errors import EncoreError
+from stages import check_params
+from tests.conftest import write_page
+
+
+@pytest.fixture(autouse=True)
+def _root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_right_page_gets_a_marker_that_is_the_same_for_every_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """Were it not, a changed max_iters would make the download run again."""
+    markers = []
+    for changes in ({}, {"max_iters": 1000}, {"dataset_revision": "1.13.3"}):
+        write_page(Path("params.yaml"), **changes)
+        check_params.main()
+        markers.append(check_params.MARKER.read_bytes())
+    assert len(set(markers)) == 1
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("changes", [{"max_iters": 0}, {"max_iter": 10}, {"n_head": 5}])
+def test_a_wrong_page_gets_none(changes: dict[str, int]) -> None:
+    write_page(Path("params.yaml"), **changes)
+    with pytest.raises(EncoreError, match=r"^params\.yaml has 1 problem; nothing was run:"):
+        check_params.main()
+    assert not check_params.MARKER.exists()
+
+
+def test_a_page_that_describes_other_weights_than_it_starts_from_gets_none() -> None:
+    weights = Path("weights")
+    weights.mkdir()
+    write_page(Path("params.yaml"), init_from="weights/", n_layer=2, n_head=6, n_embd=192, block_size=128, bias=True)
+    with pytest.raises(EncoreError, match=r"^init_from: weights/config\.json is missing;"):
+        check_params.main()
+    (weights / "model.safetensors").touch()
+    config = {"model_type": "gpt2", "n_layer": 3, "n_head": 6, "n_embd": 384, "n_positions": 128}
+    (weights / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EncoreError) as error:
+        check_params.main()
+    assert str(error.value).splitlines() == [
+        "params.yaml has 2 problems; nothing was run:",
+        "  n_layer: 2 is not what the weights of init_from, weights/, have: 3",
+        "  n_embd: 192 is not what the weights of init_from, weights/, have: 384",
+    ]
+    assert not check_params.MARKER.exists()
+
+    (weights / "config.json").write_text(json.dumps({**config, "n_layer": 2, "n_embd": 192}))
+    check_params.main()
+    assert check_params.MARKER.exists()
+
+
+def test_a_page_that_is_missing_gets_none() -> None:
+    with pytest.raises(EncoreError, match=r"^params\.yaml is missing;"):
+        check_params.main()
+    assert not check_params.MARKER.exists()
+
+
+def test_a_doubtful_page_passes_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    write_page(Path("params.yaml"), max_iters=1000, lr_decay_iters=600_000)
+    check_params.main()
+    assert check_params.MARKER.exists()
+    assert capsys.readouterr().err.startswith("encore: note: lr_decay_iters is 600000 and max_iters is 1000, so ")

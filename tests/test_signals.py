@@ -1,0 +1,97 @@
+"""How training is stopped, in processes of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from encore.signals import SIGNALS, StopRequest
+from tests.conftest import ROOT
+
+WAIT = """
+import os, signal, sys, time
+from encore.signals import SIGNALS, StopRequest, stop_with_parent
+stop = StopRequest()
+print("ready", os.getpid(), flush=True)
+give_up = time.monotonic() + 10
+while not stop.signal_number and time.monotonic() < give_up:
+    time.sleep(0.01)
+print("noted", stop.signal_number, flush=True)
+time.sleep(30)
+"""
+
+
+def start(script):
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_noted_and_the_second_ends_the_process(first, second):
+    with start(WAIT) as process:
+        assert process.stdout.readline().startswith("ready")
+        process.send_signal(first)
+        assert process.stdout.readline() == f"noted {int(first)}\n"
+        assert process.poll() is None
+        process.send_signal(second)
+        assert process.wait(timeout=10) == -second
+
+
+def test_a_signal_that_the_parent_ignored_is_noted():
+    """A shell lets what it starts in the background ignore SIGINT."""
+    ignoring = f"import os, signal, sys\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nscript = {WAIT!r}\n"
+    with start(ignoring + "os.execv(sys.executable, [sys.executable, '-c', script])") as process:
+        assert process.stdout.readline().startswith("ready")
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "noted 2\n"
+        process.kill()
+
+
+def test_the_first_signal_is_noted_and_gives_the_second_its_usual_effect():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        stop = StopRequest()
+        assert stop.signal_number is None
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal_number == signal.SIGTERM
+        assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL, signal.SIG_DFL]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {child!r}])
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_child_is_told_when_its_parent_is_killed():
+    child = WAIT.replace("stop = StopRequest()", "stop = StopRequest()\nstop_with_parent()")
+    with start(PARENT.format(child=child)) as parent:
+        ready = parent.stdout.readline()
+        assert ready.startswith("ready")
+        parent.kill()
+        try:
+            assert parent.stdout.readline() == "noted 15\n"
+        finally:
+            os.kill(int(ready.split()[1]), signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_parent_that_died_just_before_is_noticed():
+    script = textwrap.dedent("""
+        import os
+        from encore.signals import SIGNALS, StopRequest, stop_with_parent
+        stop = StopRequest()
+        parents = iter([12345, 1])
+        os.getppid = lambda: next(parents)
+        stop_with_parent()
+        print("noted", stop.signal_number)
+    """)
+    assert start(script).communicate(timeout=10)[0] == "noted 15\n"
