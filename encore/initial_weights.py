@@ -1,0 +1,29 @@
+"""Brings the weights that training starts from to the folder data/init. Part of the download stage."""
+
+import shutil
+from pathlib import Path
+
+from encore.files import link_or_copy, sha256_of, write_json
+from encore.hub import fetch_model
+from encore.init_from import CONFIG, PUBLISHED, RECORD, SCRATCH, WEIGHTS, read_shape
+
+MANIFEST = "manifest.json"
+
+
+def fetch_initial(init_from: str, folder: Path, scratch: Path) -> None:
+    """Fills `folder` with the weights and a manifest that has their hashes; with the manifest alone from scratch.
+
+    Downloads are kept in `scratch`. Raises EncoreError where the weights are missing or cannot be reached.
+    """
+    if init_from in PUBLISHED:
+        published = PUBLISHED[init_from]
+        for path in fetch_model(published.repository, published.commit, [CONFIG, WEIGHTS], scratch / "hub-models"):
+            link_or_copy(path, folder / path.name)
+    elif init_from != SCRATCH:
+        read_shape(Path(init_from))
+        for path in sorted(Path(init_from).iterdir()):
+            if path.name in (CONFIG, WEIGHTS, RECORD) or path.suffix == ".tiktoken":
+                # A copy: DVC would make a hard link, and the user's file with it, read-only.
+                shutil.copyfile(path, folder / path.name)
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    write_json(folder / MANIFEST, {"init_from": init_from, "files": files})

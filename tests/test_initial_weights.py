@@ -1,0 +1,202 @@
+"""encore/initial_weights.py: data/init from a Hub on loopback and from a folder, and a run of the pipeline from it."""
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+import pytest
+
+from encore import disk
+from encore.errors import EncoreError
+from encore.init_from import PUBLISHED
+from encore.initial_weights import fetch_initial
+from tests.conftest import SMALL, run_dvc, write_page
+from tests.hub import ALWAYS, COMMIT, REPOSITORY, Fault, Hub, connected, serving
+from tests.text_sources import sha256
+
+SECRET = "hf_SeCrEtToKeN"
+CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 16}
+WANTED = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": Random(1).randbytes(100_000)}
+STORE = Path("scratch/hub-models/owner--corpus") / COMMIT
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Has a model as the Hub has GPT-2: the configuration in git, the weights in LFS, and more than is wanted."""
+    published = PUBLISHED["gpt2"]._replace(repository=REPOSITORY, commit=COMMIT)
+    monkeypatch.setitem(PUBLISHED, "gpt2", published)
+    others = {"README.md": b"# GPT-2", "pytorch_model.bin": b"pickled", "onnx/config.json": b"{}"}
+    with serving({**others, **WANTED}) as server, connected(monkeypatch, server.url, SECRET):
+        server.kind = "models"
+        server.in_git = {"README.md", "config.json", "onnx/config.json"}
+        yield server
+
+
+def fetch(folder: Path, init_from: str = "gpt2") -> None:
+    """Anew into the folder, as the stage does."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+    fetch_initial(init_from, folder, Path("scratch"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but the manifest, whose hashes are compared."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    manifest = json.loads(files.pop("manifest.json"))
+    assert manifest["files"] == {name: sha256(content) for name, content in files.items()}
+    return files
+
+
+def test_scratch_is_a_manifest_alone(fetch_folder: Path) -> None:
+    fetch_initial("scratch", fetch_folder, Path("scratch"))
+    assert [path.name for path in fetch_folder.iterdir()] == ["manifest.json"]
+    assert json.loads((fetch_folder / "manifest.json").read_bytes()) == {"init_from": "scratch", "files": {}}
+    assert not Path("scratch").exists()
+
+
+# from the Hub
+
+
+def test_what_is_wanted_and_nothing_twice(hub: Hub, fetch_folder: Path) -> None:
+    fetch(fetch_folder)
+    assert contents(fetch_folder) == WANTED
+    assert list(json.loads((fetch_folder / "manifest.json").read_bytes())["files"]) == list(WANTED)
+    assert json.loads((fetch_folder / "manifest.json").read_bytes())["init_from"] == "gpt2"
+    first = (fetch_folder / "manifest.json").read_bytes()
+    fetch(fetch_folder)
+    assert (fetch_folder / "manifest.json").read_bytes() == first
+    assert hub.bodies_served() == {name: len(content) for name, content in WANTED.items()}
+    assert hub.requests == {"list COMMIT": 2, "GET config.json": 1, "GET model.safetensors": 1}
+    assert hub.authorizations == {f"Bearer {SECRET}"}
+    for name in WANTED:  # one file with two names
+        assert (STORE / name).samefile(fetch_folder / name)
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_a_file_with_other_bytes_is_refused(hub: Hub, fetch_folder: Path, name: str) -> None:
+    """One in LFS is known by its sha256, one in git by its blob's id."""
+    hub.faults[name] = [Fault("damage", ALWAYS)]
+    with pytest.raises(EncoreError, match=rf"^hf:owner/corpus at {COMMIT}, file {name}\b.* not the listed one"):
+        fetch(fetch_folder)
+    assert not (STORE / name).exists()
+    assert list(fetch_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_a_file_that_was_damaged_on_the_disk_is_fetched_again(hub: Hub, fetch_folder: Path, name: str) -> None:
+    fetch(fetch_folder)
+    (STORE / name).write_bytes(bytes(len(WANTED[name])))
+    fetch(fetch_folder)
+    assert contents(fetch_folder) == WANTED
+    assert {name: hub.requests[f"GET {name}"] for name in WANTED} == {**dict.fromkeys(WANTED, 1), name: 2}
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_a_file_that_the_hub_lacks(hub: Hub, fetch_folder: Path, name: str) -> None:
+    del hub.files[name]
+    with pytest.raises(EncoreError) as error:
+        fetch(fetch_folder)
+    assert str(error.value) == f"hf:owner/corpus at {COMMIT} has no {name}; name other weights"
+    assert hub.bodies_served() == {}
+
+
+def test_a_model_that_the_hub_lacks(hub: Hub, fetch_folder: Path) -> None:
+    hub.kind = "datasets"
+    with pytest.raises(EncoreError, match=rf"^hf:owner/corpus at {COMMIT}: the Hub has no such thing \(404\); "):
+        fetch(fetch_folder)
+
+
+def test_what_has_arrived_is_kept_and_continued(hub: Hub, fetch_folder: Path) -> None:
+    hub.faults["model.safetensors"] = [Fault("end", after_bytes=60_000), Fault("end", ALWAYS, after_bytes=0)]
+    with pytest.raises(EncoreError, match=r"run again; what is on the disk already is kept$"):
+        fetch(fetch_folder)
+    hub.faults.clear()
+    fetch(fetch_folder)
+    assert contents(fetch_folder) == WANTED
+    assert hub.bytes_served["model.safetensors"] == 100_000
+
+
+def test_room_is_asked_for_first(hub: Hub, fetch_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = sum(map(len, WANTED.values())) - 1
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    sentence = rf"^{STORE}: 0\.1 MB are going .*; make room, or set ENCORE_SCRATCH to a folder on a larger disk$"
+    with pytest.raises(EncoreError, match=sentence):
+        fetch(fetch_folder)
+    assert hub.bodies_served() == {}
+    free += 1
+    fetch(fetch_folder)
+    free = 0
+    fetch(fetch_folder)  # all is there
+
+
+# from a folder
+
+
+def test_a_folder_is_copied_and_stays_the_users(fetch_folder: Path) -> None:
+    files = {**WANTED, "encore.json": b'{"bias": false}', "bpe.tiktoken": b"ranks"}
+    weights = Path("weights")
+    (weights / "runs").mkdir(parents=True)
+    for name, content in {**files, "optimizer.pt": b"pickled", "README.md": b"mine"}.items():
+        (weights / name).write_bytes(content)
+    fetch(fetch_folder, "weights/")
+    assert contents(fetch_folder) == files
+    assert json.loads((fetch_folder / "manifest.json").read_bytes())["init_from"] == "weights/"
+    for path in fetch_folder.iterdir():
+        assert path.stat().st_nlink == 1
+        path.chmod(0o444)  # as DVC does
+        path.unlink()
+    for name, content in files.items():
+        assert (weights / name).read_bytes() == content
+        assert (weights / name).stat().st_mode & 0o200
+
+
+def test_a_folder_without_weights_is_refused(fetch_folder: Path) -> None:
+    Path("weights").mkdir()
+    with pytest.raises(EncoreError, match=r"^init_from: weights/config\.json is missing; "):
+        fetch(fetch_folder, "./weights")
+    assert list(fetch_folder.iterdir()) == []
+
+
+# through DVC
+
+
+def read_val_losses(repository: Path) -> list[float]:
+    with (repository / "metrics/eval.tsv").open() as file:
+        return [float(row["val_loss"]) for row in csv.DictReader(file, delimiter="\t")]
+
+
+def test_a_run_goes_on_from_the_weights_of_another(finished: Path) -> None:
+    weights = finished / "weights"
+    shutil.copytree(finished / "model", weights)
+    for path in weights.iterdir():
+        path.chmod(0o644)  # DVC's files are read-only
+    before = {path.name: path.read_bytes() for path in weights.iterdir()}
+    losses = read_val_losses(finished)
+    assert losses[-1] < losses[0] - 0.1
+
+    page = {**SMALL, "init_from": "./weights/"}
+    write_page(finished / "params.yaml", **page)
+    run_dvc(finished, "repro")
+    assert read_val_losses(finished)[0] == pytest.approx(losses[-1], abs=1e-4)
+    brought = {"config.json", "encore.json", "model.safetensors", "tokenizer.tiktoken"}
+    assert contents(finished / "data/init") == {name: before[name] for name in brought}
+    assert {path.name: path.read_bytes() for path in weights.iterdir()} == before
+    assert all(os.access(path, os.W_OK) and path.stat().st_nlink == 1 for path in weights.iterdir())
+    record = json.loads((finished / "model/encore.json").read_bytes())
+    assert record["params"]["init_from"] == "./weights/"
+    assert record["init_sha256"] == sha256((finished / "data/init/manifest.json").read_bytes())
+
+    # Another model than the weights are: nothing that there is goes.
+    outputs = ["data/init/manifest.json", "data/raw/manifest.json", "data/tokens/manifest.json", "model/config.json"]
+    outputs += ["training.log", "metrics/metrics.json", "metrics/eval.json", "metrics/samples.md"]
+    there = {name: (finished / name).read_bytes() for name in outputs}
+    write_page(finished / "params.yaml", **{**page, "n_embd": 64})
+    output = run_dvc(finished, "repro", exit_code=255)
+    assert "  n_embd: 64 is not what the weights of init_from, ./weights/, have: 32\n" in output
+    assert "Traceback" not in output
+    assert {name: (finished / name).read_bytes() for name in outputs} == there
