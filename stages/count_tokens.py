@@ -1,0 +1,82 @@
+"""Counts the tokens again, from the bytes alone, and compares them with what the manifest and token_cap say."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from encore.errors import run_stage
+from encore.files import write_json
+from encore.params import load_params
+from encore.recount import SplitCount, recount
+from encore.token_files import read_manifest
+
+TOKENS = Path("data/tokens")
+METRICS = Path("metrics/tokens.json")
+
+
+def main() -> None:
+    params = load_params("count_tokens")
+    counts = recount(TOKENS, params.token_cap, threads=os.cpu_count() or 1)
+    train, val = counts["train"], counts["val"]
+    used = train.used | val.used
+    write_json(
+        METRICS,
+        {
+            **describe("train", train),
+            **describe("val", val),
+            "bytes_per_token": train.text_bytes / train.tokens,
+            "val_bytes_per_token": val.text_bytes / val.tokens,
+            "vocab_used": int(used.sum()) / len(used),
+            "largest_id": int(np.flatnonzero(used)[-1]),
+            "token_cap": params.token_cap,
+            "cap_reached": train.tokens >= params.token_cap,
+            "cap_coverage": train.tokens / params.token_cap,
+        },
+    )
+    print(f"train: {train.tokens:,} tokens of {params.token_cap:,} wanted, val: {val.tokens:,}")
+    if train.tokens < params.token_cap:
+        print(f"encore: note: {explain_shortfall(train, params.token_cap, read_manifest(TOKENS))}")
+
+
+def describe(split: str, count: SplitCount) -> dict[str, int | float]:
+    """A split's tokens and documents, and the tokens of a document: their mean, and what half of the documents and
+    99 % of them do not exceed. The end-of-text token counts as the document's, as it does in every other number."""
+    median, p99 = np.percentile(count.document_tokens, [50, 99], method="inverted_cdf").tolist()
+    return {
+        f"{split}_tokens": count.tokens,
+        f"{split}_documents": count.documents,
+        f"{split}_tokens_per_document": count.tokens / count.documents,
+        f"{split}_tokens_per_document_p50": median,
+        f"{split}_tokens_per_document_p99": p99,
+    }
+
+
+def explain_shortfall(train: SplitCount, token_cap: int, manifest: dict[str, Any]) -> str:
+    """Why there are fewer tokens than token_cap, by how much, and what to set."""
+    missing = token_cap - train.tokens
+    by_how_much = f"{missing:,} tokens ({missing / token_cap:.1%}) before token_cap"
+    if manifest["whole_source"]:
+        reason = f"the source ended {by_how_much}; set token_cap: {train.tokens} to say so, or name a larger source"
+    else:
+        reckoned, measured = manifest["text_bytes_per_token"], train.text_bytes / train.tokens
+        # The second ratio is the larger one where held-out documents have taken more than their share of the text.
+        enough = round_up(token_cap * max(measured / reckoned, token_cap / train.tokens))
+        reason = (
+            f"the downloaded text ended {by_how_much}; it has {measured:.2f} bytes a token and download reckoned with "
+            f"{reckoned:.2f}; set token_cap: {enough} to have enough for {token_cap:,} downloaded"
+        )
+    return f"{reason}. Training goes over the data more than once where max_iters asks for more"
+
+
+def round_up(value: float) -> int:
+    """The next whole number that has at most 3 digits before its zeros."""
+    whole = math.ceil(value)
+    unit = 10 ** max(0, len(str(whole)) - 3)
+    return -(-whole // unit) * unit
+
+
+if __name__ == "__main__":
+    run_stage(main)
