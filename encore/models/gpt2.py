@@ -1,0 +1,164 @@
+"""GPT-2 (Radford et al. 2019), with the names that its published weights have.
+
+Shapes: B sequences in a batch, T tokens in a sequence, C = n_embd, H = n_head, D = C / H, V ids in the vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from encore.loss import cross_entropies, mean_cross_entropy
+
+# Matrix products are fastest where the vocabulary is a multiple of this. The ids in between are never used:
+# they take no part in the loss, cannot be sampled and are not exported.
+VOCAB_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a model. `vocab_size` is the tokenizer's; the embedding is padded to the next multiple of 64."""
+
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    bias: bool
+    dropout: float = 0.0
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class Cache:
+    """Keys and values of the tokens that a model has seen, so that the next one costs only its own work."""
+
+    def __init__(self, n_layer: int) -> None:
+        self.layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * n_layer
+
+    @property
+    def length(self) -> int:
+        """How many tokens that is."""
+        return self.layers[0][0].shape[2] if self.layers[0] else 0
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer with these, (B, H, T, D), added: (B, H, length + T, D)."""
+        if kept := self.layers[layer]:
+            k, v = torch.cat([kept[0], k], dim=2), torch.cat([kept[1], v], dim=2)
+        self.layers[layer] = k, v
+        return k, v
+
+
+class Attention(nn.Module):
+    """Causal self-attention over all heads at once."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
+        if cache:
+            k, v = cache.extend(layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        # A single token behind others sees them all.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=k.shape[2] == T, dropout_p=dropout)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Four times wider inside, GELU in its tanh form, as the published weights were trained."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a layer norm and beside a residual path."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """The language model. The embedding of the tokens is also the output matrix."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Normal weights of deviation 0.02, zero biases; what is added to the residual path, twice a layer, is scaled
+        by 1 / sqrt(2 n_layer) (section 2.3 of the paper)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def logits(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """Scores of the next token, (B, T, V), for ids `idx` (B, T) with T at most block_size.
+
+        Where `cache` holds earlier tokens, T is 1; it takes these up.
+        """
+        return F.linear(self._hidden(idx, cache), self.wte.weight[: self.config.vocab_size])
+
+    def token_losses(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy in nats of each target, (B, T) float32, without gradients."""
+        x = self._hidden(idx).flatten(0, 1)
+        return cross_entropies(x, self.wte.weight, targets.flatten(), self.config.vocab_size).view(targets.shape)
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy in nats over all targets (B, T)."""
+        x = self._hidden(idx).flatten(0, 1)
+        return mean_cross_entropy(x, self.wte.weight, targets.flatten(), self.config.vocab_size)
+
+    def _hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """What the output matrix is applied to, (B, T, C)."""
+        start = cache.length if cache else 0
+        x = self.wte(idx) + self.wpe.weight[start : start + idx.shape[1]]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for layer, block in enumerate(self.h):
+            x = block(x, cache, layer)
+        return self.ln_f(x)
+
+
+def count_parameters(model: GPT2) -> int:
+    """Parameters without the padding of the vocabulary; the shared embedding counts once."""
+    padding = (model.config.padded_vocab_size - model.config.vocab_size) * model.config.n_embd
+    return sum(parameter.numel() for parameter in model.parameters()) - padding

@@ -1,0 +1,86 @@
+"""Which run a checkpoint belongs to: a folder in scratch, named by what the weights depend on, for one trainer.
+
+A changed parameter has another folder and never meets a stranger's state; an unchanged one always resumes.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from encore.errors import EncoreError
+from encore.files import read_json, sha256_of, write_json
+
+IDENTITY = "run.json"
+# Where to stop and what to keep: they change no step on the way.
+FREE = {"max_iters", "checkpoint_interval", "keep_checkpoints"}
+
+
+def identity(params: dict[str, Any], data_sha256: str, init_sha256: str | None = None) -> dict[str, Any]:
+    """What every step of a run depends on. max_iters is among it only where the schedule follows it.
+
+    The hashes are those of the manifests of data/tokens and, where training does not start from scratch, data/init.
+    """
+    steps = {key: value for key, value in params.items() if key not in FREE}
+    decay = params["lr_decay_iters"] or params["max_iters"]
+    return {**steps, "lr_decay_iters": decay, "data_sha256": data_sha256, "init_sha256": init_sha256}
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """16 hex digits that name a run."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def find_other_schedule(folder: Path, identity: dict[str, Any]) -> Path | None:
+    """A run beside `folder` that differs from `identity` in where its learning rate's decay ends, and in nothing else.
+
+    Who has raised max_iters may have meant to go on with it.
+    """
+    for path in sorted(folder.parent.glob(f"*/{IDENTITY}")):
+        try:
+            other = dict(read_json(path))
+        except (EncoreError, TypeError, ValueError):  # a stranger's, damaged
+            continue
+        if path.parent != folder and {**other, "lr_decay_iters": None} == {**identity, "lr_decay_iters": None}:
+            return path.parent
+    return None
+
+
+@contextmanager
+def locked(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """Holds the run's folder for this process; the lock goes with the process however it ends.
+
+    Raises EncoreError where another trainer, an orphan perhaps, holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(folder / "lock"), folder / "lock.pid"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        process = owner.read_text() if owner.exists() else "unknown"
+        raise EncoreError(
+            f"{folder}: another trainer (process {process}) is at work on this run; wait for it, or end it"
+        ) from None
+    try:
+        owner.write_text(str(os.getpid()))
+        write_json(folder / IDENTITY, identity)
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def code_sha256() -> str:
+    """The hash of the sources of all modules of Encore that are loaded: the code that makes the checkpoint."""
+    main = sys.modules["__main__"]
+    modules = {**sys.modules, main.__spec__.name if main.__spec__ else "": main}  # `python -m` hides the stage's name
+    ours = {name: module for name, module in modules.items() if name.split(".")[0] in ("encore", "stages")}
+    files = {name: module.__file__ for name, module in ours.items() if module.__file__}
+    lines = [f"{name} {sha256_of(Path(files[name]))}" for name in sorted(files)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,18 @@
+"""The learning rate as a plain function of the step: nothing to save, nothing to restore."""
+
+import math
+
+
+def get_lr(step: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int) -> float:
+    """The learning rate of optimizer step `step`, counted from 0.
+
+    1. The first `warmup_iters` steps rise linearly; the first is not 0.
+    2. Then a half cosine falls from `learning_rate` to `min_lr` at step `lr_decay_iters` (Loshchilov and Hutter 2017).
+    3. From there on it is `min_lr`.
+    """
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    if step >= lr_decay_iters:
+        return min_lr
+    progress = (step - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)

@@ -1,0 +1,222 @@
+"""Trains the model: exactly max_iters steps, taken up again where an earlier attempt at the same run was stopped."""
+
+import subprocess
+import sys
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from encore import runs
+from encore.batches import Windows
+from encore.checkpoint import find_resumable, list_checkpoints
+from encore.device import find_device, find_hardware
+from encore.disk import check_room
+from encore.distributed import ALONE, SHARD, Ranks, joined
+from encore.errors import EncoreError, run_stage
+from encore.export import load_initial, save_model
+from encore.files import read_json, sha256_of, whole_folder, write_json
+from encore.hub_tokenizer import save_hub_tokenizer
+from encore.init_from import SCRATCH
+from encore.launch import run_under_torchrun, torchrun_arguments
+from encore.model_card import write_card
+from encore.models.gpt2 import GPT2, GPT2Config, count_parameters
+from encore.optim import describe_groups
+from encore.params import StageParams, load_params
+from encore.ranks import read_ranks
+from encore.records import Records
+from encore.scratch import scratch_folder
+from encore.signals import StopRequest, stop_with_parent
+from encore.token_files import RANKS_FILE, TokenSplit, manifest_sha256
+from encore.trainer import Trainer
+from encore.wandb_run import start_wandb
+
+TOKENS = Path("data/tokens")
+INIT = Path("data/init")
+MODEL = Path("model")
+METRICS = Path("metrics")
+LOG = Path("training.log")
+
+
+def main() -> None:
+    stop_with_parent()
+    params = load_params("train")
+    if arguments := torchrun_arguments():
+        run_under_torchrun(arguments, "stages.train")
+        return
+    with joined(find_device()) as ranks:
+        train(params, ranks)
+
+
+def train(params: StageParams, ranks: Ranks) -> None:
+    """One rank's part of the training, or all of it."""
+    check_batch(params, ranks)
+    inputs = hash_inputs(params)
+    shared = {"data/tokens": inputs["data_sha256"], "data/init": inputs["init_sha256"], "the code": runs.code_sha256()}
+    ranks.check_same({**params.as_dict(), **shared})
+    identity = runs.identity(params.as_dict(), **inputs)
+    checkpoints = scratch_folder() / "checkpoints" / runs.fingerprint(identity)
+    if ranks.is_first:
+        note_other_schedule(checkpoints, identity)
+    with runs.locked(checkpoints, identity) if ranks.is_first else nullcontext():
+        trainer = prepare(params, checkpoints, ranks)
+        if ranks.is_first:
+            check_disk(trainer)
+        trainer.run(StopRequest())
+        model = trainer.whole_model()
+        if ranks.is_first:
+            write_results(trainer, model)
+
+
+def hash_inputs(params: StageParams) -> dict[str, str | None]:
+    """The hashes of the manifests of data/tokens and, where training does not start from scratch, data/init."""
+    init_sha256 = None
+    if params.init_from != SCRATCH:
+        read_json(INIT / "manifest.json")  # which says so where it is missing
+        init_sha256 = sha256_of(INIT / "manifest.json")
+    return {"data_sha256": manifest_sha256(TOKENS), "init_sha256": init_sha256}
+
+
+def check_batch(params: StageParams, ranks: Ranks) -> None:
+    """Raises EncoreError where the ranks cannot share a step evenly."""
+    windows = params.batch_size * params.gradient_accumulation_steps
+    if windows % ranks.count:
+        raise EncoreError(
+            f"batch_size x gradient_accumulation_steps is {windows}, which {ranks.count} processes cannot share "
+            f"evenly; make it a multiple of {ranks.count}, or start another number of processes"
+        )
+    if ranks.shards and params.dtype == "float16":
+        raise EncoreError(f"dtype: float16 does not go with {SHARD}=1; set bfloat16 or float32")
+
+
+def note_other_schedule(checkpoints: Path, identity: dict[str, Any]) -> None:
+    """Says why a run that was meant to be extended starts anew."""
+    other = None if list_checkpoints(checkpoints) else runs.find_other_schedule(checkpoints, identity)
+    if other:
+        print(
+            f"encore: note: this run starts anew. {other} holds one like it whose learning rate decays to another "
+            "iteration; to go on with a finished run, keep its lr_decay_iters as a number and raise max_iters alone",
+            file=sys.stderr,
+        )
+
+
+def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Trainer:
+    """Data, model and optimizer, new or as the newest checkpoint has them."""
+    tokens = TokenSplit(TOKENS, "train")
+    train = Windows(tokens, params.block_size, "train")
+    val = Windows(TokenSplit(TOKENS, "val"), params.block_size, "val")
+
+    hardware = find_hardware(params.dtype, params.compile)
+    torch.manual_seed(params.seed)
+    config = GPT2Config(
+        vocab_size=tokens.manifest["vocab_size"],
+        block_size=params.block_size,
+        n_layer=params.n_layer,
+        n_head=params.n_head,
+        n_embd=params.n_embd,
+        bias=params.bias,
+        dropout=params.dropout,
+    )
+    if params.init_from == SCRATCH:
+        model = GPT2(config)
+    else:
+        model = load_initial(INIT, config, (TOKENS / RANKS_FILE).read_bytes())
+    model.to(hardware.device)
+
+    found = find_resumable(checkpoints, params.max_iters) if ranks.is_first else None
+    wandb_run = None
+    if ranks.is_first:
+        about = {"commit": git_commit(), "device": str(hardware), "devices": ranks.count, "versions": find_versions()}
+        config = {**params.as_dict(), **hash_inputs(params), **about}
+        wandb_run = start_wandb(config, run_id=found.state["wandb_id"] if found else None)
+    records = Records(METRICS, LOG, wandb_run, writes=ranks.is_first)
+    trainer = Trainer(params, model, train, val, hardware, records, checkpoints, ranks)
+    if ranks.from_first(found is not None):
+        trainer.resume(found)
+        records.say(f"resumed at iteration {trainer.iter} of {params.max_iters} from {found.path if found else ''}")
+    else:
+        devices = f"{ranks.count} x {hardware}" if ranks.count > 1 else str(hardware)
+        records.say(f"{devices}, torch {torch.__version__}, commit {git_commit()}")
+        records.say(f"{count_parameters(model):,} parameters; {describe_groups(trainer.optimizer)}")
+        epochs = params.max_iters * trainer.windows_per_step / train.count
+        records.say(f"{trainer.tokens_per_step:,} tokens an iteration, {epochs:.2f} epochs of {tokens.tokens:,} tokens")
+    return trainer
+
+
+def check_disk(trainer: Trainer) -> None:
+    """Raises EncoreError where the disk lacks the room for the checkpoints to come and for the model."""
+    weight_bytes = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
+    saver = trainer.saver
+    # Weights and two moments each; the one being written comes beside those that are kept.
+    checkpoint_bytes = (saver.kept + 1) * 3 * weight_bytes
+    there_bytes = sum(file.stat().st_size for path in list_checkpoints(saver.folder) for file in path.iterdir())
+    check_room(
+        [(saver.folder, max(0, checkpoint_bytes - there_bytes)), (Path(), weight_bytes)],
+        "make room, lower keep_checkpoints, or set ENCORE_SCRATCH to a folder on a larger disk",
+    )
+
+
+def write_results(trainer: Trainer, model: GPT2) -> None:
+    """model/, the metrics and the last state of the curves."""
+    records, tokens = trainer.records, trainer.train.split
+    keys = ("dataset", "dataset_revision", "tokenizer", "vocab_size")
+    record = {
+        "params": trainer.params.as_dict(),
+        "data": {**{key: tokens.manifest[key] for key in keys}, "train_tokens": tokens.tokens},
+        **hash_inputs(trainer.params),
+        "iter": trainer.iter,
+        "code": trainer.code,
+        "versions": find_versions(),
+    }
+    summary = summarize(trainer)
+    with whole_folder(MODEL) as folder:
+        save_model(folder, model, (TOKENS / RANKS_FILE).read_bytes(), record)
+        save_hub_tokenizer(folder, read_ranks(TOKENS / RANKS_FILE), model.config.block_size)
+        write_card(folder, record, summary)
+    write_json(METRICS / "metrics.json", summary)
+    records.finish(summary)
+
+
+def summarize(trainer: Trainer) -> dict[str, Any]:
+    """The run in a few numbers; speeds are medians over the logged steps."""
+    rows, peak = trainer.records.rows, trainer.hardware.peak
+
+    def median_speed(key: str) -> float:
+        return median(row[key] for row in rows.speed)
+
+    return {
+        "iter": trainer.iter,
+        "lr": rows.train[-1]["lr"],
+        "mfu": median_speed("mfu"),
+        "tokens_per_second": median_speed("tokens_per_second"),
+        "train": {"loss": rows.eval[-1]["train_loss"]},
+        "val": {"loss": rows.eval[-1]["val_loss"]},
+        "tokens_seen": trainer.iter * trainer.tokens_per_step,
+        "parameters": count_parameters(trainer.model),
+        "tflops": median_speed("tflops"),
+        "peak_tflops": peak.flops_per_second / 1e12,
+        "mfu_basis": peak.basis,
+        "device": str(trainer.hardware),
+        "devices": trainer.ranks.count,
+    }
+
+
+def find_versions() -> dict[str, str]:
+    """Of the packages on which the weights' bits depend."""
+    return {name: version(name) for name in ("numpy", "safetensors", "torch")}
+
+
+def git_commit() -> str:
+    """The commit that the working tree stands on, with a mark where files differ from it; "none" outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,68 @@
+"""What decays, and AdamW against its formula."""
+
+import numpy as np
+import pytest
+import torch
+
+from encore.models.gpt2 import GPT2, GPT2Config
+from encore.optim import decay_groups, describe_groups, make_adamw
+
+MODEL = GPT2Config(vocab_size=70, block_size=8, n_layer=2, n_head=2, n_embd=16, bias=True)
+
+
+def test_matrices_and_embeddings_decay_and_vectors_do_not():
+    model = GPT2(MODEL)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, plain = decay_groups(model, 0.1)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    linear = [f"{part}.weight" for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    expected = {"wte.weight", "wpe.weight"} | {f"h.{layer}.{name}" for layer in range(2) for name in linear}
+    assert {names[id(parameter)] for parameter in decayed["params"]} == expected
+    assert {names[id(parameter)] for parameter in plain["params"]} == set(names.values()) - expected
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    model = GPT2(MODEL)
+    optimizer = make_adamw(model, 1e-3, (0.9, 0.95), 0.1)
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_frozen_parameters_are_left_out():
+    model = GPT2(MODEL)
+    model.wpe.weight.requires_grad_(False)
+    assert all(parameter is not model.wpe.weight for group in decay_groups(model, 0.1) for parameter in group["params"])
+
+
+def adamw_by_hand(weights, gradients, lr, beta1, beta2, decay):
+    """Algorithm 2 of Loshchilov and Hutter 2019, with eps 1e-8 outside the root."""
+    m, v = np.zeros_like(weights), np.zeros_like(weights)
+    for step, gradient in enumerate(gradients, 1):
+        weights = weights - lr * decay * weights
+        m = beta1 * m + (1 - beta1) * gradient
+        v = beta2 * v + (1 - beta2) * gradient**2
+        weights = weights - lr * (m / (1 - beta1**step)) / (np.sqrt(v / (1 - beta2**step)) + 1e-8)
+    return weights
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_steps_follow_the_formula(steps):
+    random = np.random.default_rng(0)
+    layer = torch.nn.Linear(5, 3).double()
+    optimizer = make_adamw(layer, 0.03, (0.8, 0.95), 0.4)
+    start = {name: parameter.detach().numpy().copy() for name, parameter in layer.named_parameters()}
+    gradients = {name: [random.normal(size=value.shape) for _ in range(steps)] for name, value in start.items()}
+    for step in range(steps):
+        for name, parameter in layer.named_parameters():
+            parameter.grad = torch.from_numpy(gradients[name][step])
+        optimizer.step()
+    for name, parameter in layer.named_parameters():
+        decay = 0.4 if name == "weight" else 0.0
+        expected = adamw_by_hand(start[name], gradients[name], 0.03, 0.8, 0.95, decay)
+        np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=1e-12, err_msg=name)
+
+
+def test_the_description_counts_tensors_and_numbers():
+    assert describe_groups(make_adamw(torch.nn.Linear(50, 30), 0.1, (0.9, 0.95), 0.1)) == (
+        "1 tensors (1,500 numbers) at weight decay 0.1, 1 tensors (30 numbers) at weight decay 0.0"
+    )

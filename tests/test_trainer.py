@@ -1,0 +1,161 @@
+"""The loop against one written out here. That it repeats, and goes on after any end, is in test_resuming.py."""
+
+import copy
+import math
+import shutil
+
+import pytest
+import torch
+from torch._inductor import config as inductor_config
+from torch.nn import functional as F
+
+from encore.errors import EncoreError
+from tests.small_runs import NO_STOP, read_curve, run, small_machine, trainer_in, weights_of
+
+
+@pytest.fixture
+def make_trainer(tmp_path, tokens_folder, tiny_params):
+    """Makes a trainer as the stage does, in a working directory for each run; the same name goes on with a run."""
+    with small_machine():
+        yield lambda run, **changes: trainer_in(
+            tmp_path / run, tokens_folder, tiny_params(**{"dtype": "float32", **changes})
+        )
+
+
+def reference_loop(trainer, steps):
+    """Plain training: whole batches, no fused optimizer, formulas written out. Returns (weights, losses, norms)."""
+    params, model = trainer.params, copy.deepcopy(trainer.model)
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(params.beta1, params.beta2), weight_decay=params.weight_decay)
+    losses, norms = [], []
+    for step in range(steps):
+        if step < params.warmup_iters:
+            lr = params.learning_rate * (step + 1) / (params.warmup_iters + 1)
+        else:
+            share = (step - params.warmup_iters) / (params.max_iters - params.warmup_iters)
+            lr = params.min_lr + (params.learning_rate - params.min_lr) * (1 + math.cos(math.pi * share)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        count = params.batch_size * params.gradient_accumulation_steps
+        idx, targets = trainer.train.batch(trainer.train.for_step(step, count, params.seed))
+        loss = F.cross_entropy(model.logits(idx).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(parameter.grad.double().square().sum().item() for parameter in model.parameters()))
+        for parameter in model.parameters():
+            parameter.grad *= min(1.0, params.grad_clip / norm)
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append(norm)
+    return model.state_dict(), losses, norms
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 4)])
+def test_ten_steps_are_those_of_a_plain_loop(make_trainer, batch_size, accumulation):
+    settings = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, "learning_rate": 3e-3}
+    trainer = make_trainer("run", max_iters=10, grad_clip=0.9, checkpoint_interval=100, **settings)
+    expected, losses, norms = reference_loop(trainer, 10)
+    assert min(norms) < 0.9 < max(norms)  # some steps are clipped and some are not
+    before = weights_of(trainer)
+    weights, curves = run(trainer)
+    for name, tensor in weights.items():
+        assert (tensor - expected[name]).abs().max() < 1e-6, name
+        assert (tensor - before[name]).abs().max() > 1e-3, name
+    assert read_curve(curves["train"], "loss") == pytest.approx(losses, rel=1e-6)
+    assert read_curve(curves["train"], "grad_norm") == pytest.approx(norms, rel=1e-5)
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_there_are_exactly_max_iters_steps_and_every_record_is_where_it_should_be(make_trainer):
+    trainer = make_trainer("run", max_iters=7, log_interval=2, eval_interval=3, checkpoint_interval=4)
+    _, curves = run(trainer)
+    assert trainer.iter == 7
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {7}
+    assert read_curve(curves["train"], "iter") == [2, 4, 6, 7]
+    assert read_curve(curves["eval"], "iter") == [0, 3, 6, 7]
+    assert sorted(path.name for path in trainer.checkpoints.glob("iter-*")) == ["iter-0000004", "iter-0000007"]
+    assert read_curve(curves["eval"], "val_loss")[0] == pytest.approx(math.log(300), abs=0.1)  # all equally likely
+
+
+def test_without_clipping_the_gradient_is_taken_as_it_is(make_trainer):
+    clipped, plain = (make_trainer(f"run {clip}", max_iters=1, grad_clip=clip) for clip in (1e-3, 0))
+    moment = {}
+    for trainer in (clipped, plain):
+        run(trainer)
+        moments = torch.cat([state["exp_avg"].flatten() for state in trainer.optimizer.state.values()])
+        moment[trainer.params.grad_clip] = moments.norm().item() / (1 - trainer.params.beta1)
+    norm = plain.records.rows.train[0]["grad_norm"]
+    assert norm == clipped.records.rows.train[0]["grad_norm"] > 0.1
+    assert moment[0] == pytest.approx(norm, rel=1e-5)
+    assert moment[1e-3] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_evaluations_do_not_change_the_training(make_trainer):
+    often, seldom = (run(make_trainer(f"{i}", dropout=0.2, eval_interval=i, eval_iters=i)) for i in (1, 50))
+    assert read_curve(often[1]["train"], "loss") == read_curve(seldom[1]["train"], "loss")
+    assert all(torch.equal(tensor, seldom[0][name]) for name, tensor in often[0].items())
+
+
+def test_dropout_and_the_seed_make_a_difference(make_trainer):
+    changes = {"plain": {}, "dropout": {"dropout": 0.2}, "seed": {"seed": 1}}
+    assert len({run(make_trainer(name, **change))[1]["train"] for name, change in changes.items()}) == 3
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_update(make_trainer, what):
+    trainer = make_trainer("run", learning_rate=2e-3, warmup_iters=0, min_lr=2e-3)
+    for _ in range(2):
+        trainer.step()
+    if what == "loss":
+        with torch.no_grad():
+            trainer.model.wpe.weight[3, 3] = float("inf")
+    else:
+        trainer.model.ln_f.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before, moments = weights_of(trainer), copy.deepcopy(trainer.optimizer.state_dict()["state"])
+    with pytest.raises(EncoreError, match=r"^iteration 3: .* at learning rate 0\.002, in windows (\d+, ){8}") as error:
+        trainer.run(NO_STOP)
+    assert ("the loss is nan" in str(error.value)) == (what == "loss")
+    assert trainer.iter == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(trainer).items())
+    for number, state in trainer.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(tensor, moments[number][key]) for key, tensor in state.items())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_learn_like_float32_with_weights_in_float32(make_trainer, dtype):
+    trainer = make_trainer("half", dtype=dtype)
+    half, whole = (run(each)[1]["train"] for each in (trainer, make_trainer("whole")))
+    assert read_curve(half, "loss") != read_curve(whole, "loss")
+    assert read_curve(half, "loss") == pytest.approx(read_curve(whole, "loss"), abs=0.03)
+    assert read_curve(half, "grad_norm") == pytest.approx(read_curve(whole, "grad_norm"), rel=0.05)
+    assert {tensor.dtype for tensor in weights_of(trainer).values()} == {torch.float32}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
+def test_compiled_training_agrees_with_the_plain_one(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr(inductor_config, "cpp_cache_precompile_headers", False)  # they would go elsewhere
+    sizes = {"n_layer": 1, "max_iters": 2, "gradient_accumulation_steps": 1, "block_size": 8}
+    plain = run(make_trainer("plain", **sizes))
+    trainer = make_trainer("compiled", compile=True, **sizes)
+    assert trainer.hardware.compiles
+    assert trainer.forward is not trainer.model
+    compiled = run(trainer)
+    assert compiled[0].keys() == plain[0].keys()
+    for name, tensor in compiled[0].items():
+        assert (tensor - plain[0][name]).abs().max() < 1e-5, name
+    losses = [read_curve(curves["train"], "loss") for _, curves in (compiled, plain)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_speed_follows_from_the_clock_and_the_peak(make_trainer):
+    trainer = make_trainer("run", max_iters=3)
+    run(trainer)
+    assert all(row["tokens_per_second"] > 0 for row in trainer.records.rows.speed)
+    row = trainer.records.rows.speed[-1]
+    assert row["tokens_per_second"] == pytest.approx(4 * 2 * 16 / row["ms_per_iter"] * 1e3)
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters()) - 16 * 32
+    flops = (6 * parameters + 12 * 2 * 32 * 16) * row["tokens_per_second"]
+    assert (row["tflops"], row["mfu"]) == pytest.approx((flops / 1e12, flops / 1e12))
