@@ -1,0 +1,59 @@
+"""What `make repro` ends with: the run in a table, a sample of what the model writes, and where to look next."""
+
+from pathlib import Path
+from typing import Any
+
+from encore.errors import run_stage
+from encore.files import read_json
+
+METRICS = Path("metrics")
+SAMPLE_LINES = 24
+
+
+def main() -> None:
+    print_table(summary_rows(read_json(METRICS / "metrics.json"), read_json(METRICS / "eval.json")["eval"]))
+    print("\n" + first_sample((METRICS / "samples.md").read_text(encoding="utf-8")))
+    print(
+        "\nModel: model/    More samples: metrics/samples.md    Log: training.log"
+        "\nCurves: dvc plots show    Numbers: dvc metrics show    Again, longer: dvc exp run -S max_iters=2000"
+        "\n(dvc is in .venv/bin; `. .venv/bin/activate` puts it on the path)"
+    )
+
+
+def summary_rows(run: dict[str, Any], evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and formatted values."""
+    basis = f"of {run['peak_tflops']:.4g} TFLOP/s, {run['mfu_basis']}"
+    return [
+        ("iter", f"{run['iter']:,}"),
+        ("lr", f"{run['lr']:.2e}"),
+        ("mfu", f"{run['mfu']:.1%} {basis}"),
+        ("tokens/s", f"{run['tokens_per_second']:,.0f}"),
+        ("train/loss", f"{run['train']['loss']:.4f}"),
+        ("val/loss", f"{run['val']['loss']:.4f}"),
+        ("val/loss, whole split", f"{evaluation['loss']:.4f}"),
+        ("perplexity", f"{evaluation['perplexity']:.2f}"),
+        ("bits per byte", f"{evaluation['bits_per_byte']:.4f}"),
+    ]
+
+
+def print_table(rows: list[tuple[str, str]]) -> None:
+    """Names to the left, values under each other."""
+    width = max(len(name) for name, _ in rows)
+    print()
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+
+
+def first_sample(markdown: str) -> str:
+    """The first code block of samples.md, its first lines, indented."""
+    lines = markdown.splitlines()
+    fences = [number for number, line in enumerate(lines) if line.startswith("~~~~~~")]
+    if not fences:
+        return "  (num_samples is 0: no samples)"
+    block = lines[fences[0] + 1 : fences[1]]
+    rest = ["..."] if len(block) > SAMPLE_LINES else []
+    return "\n".join(f"  | {line}" for line in [*block[:SAMPLE_LINES], *rest])
+
+
+if __name__ == "__main__":
+    run_stage(main)

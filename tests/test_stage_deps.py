@@ -1,0 +1,130 @@
+"""dvc.yaml's deps and params against what the stages really import and read.
+
+Each stage runs in a folder that holds what dvc.yaml lists for it and nothing else of the repository. What it lacks
+makes it fail; what it does not use shows in the list of modules it has loaded, or in a run without it.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from encore.initial_weights import fetch_initial
+from tests.conftest import ROOT, pipeline_environment, read_page, write_page
+
+STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
+# A stage that is only there to run first: `download` depends on its output and does not read it.
+ORDER_ONLY = {"data/params_checked"}
+# The weights that training starts from: it reads them unless it starts from scratch, as the default page has it.
+UNLESS_SCRATCH = {("train", "data/init")}
+# Nothing but docstrings, and so in no deps.
+EMPTY = {"encore/__init__.py", "encore/models/__init__.py"}
+# Runs a stage and prints which of the folder's modules were loaded and which keys of params.yaml were read.
+RUN_AND_REPORT = """
+import json, runpy, sys
+from pathlib import Path
+from encore.params import StageParams
+read, look_up = set(), StageParams.__getattr__
+def note(self, key):
+    value = look_up(self, key)
+    read.add(key)
+    return value
+StageParams.__getattr__ = note
+whole = StageParams.as_dict
+def note_all(self):
+    read.update(self._values)
+    return whole(self)
+StageParams.as_dict = note_all
+# An editable installation finds in the repository what the folder lacks.
+sys.meta_path[:] = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
+name = sys.argv.pop(1)
+runpy.run_module("stages." + name, run_name="__main__", alter_sys=True)
+files = {getattr(module, "__file__", None) for module in list(sys.modules.values())} - {None}
+here = Path.cwd()
+local = [Path(file).relative_to(here).as_posix() for file in files if Path(file).is_relative_to(here)]
+Path("report.json").write_text(json.dumps({"modules": sorted([*local, f"stages/{name}.py"]), "keys": sorted(read)}))
+"""
+
+
+def sandbox(repository: Path, stage: str, folder: Path) -> Path:
+    """A folder with a stage's deps, the two pages, and the package files that hold nothing but a docstring."""
+    for name in [*STAGES[stage]["deps"], "dvc.yaml", "params.yaml", *EMPTY]:
+        source, target = repository / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    return folder
+
+
+def run_stage(folder: Path, stage: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", RUN_AND_REPORT, stage],
+        cwd=folder,
+        env=pipeline_environment(ENCORE_WORKERS="1"),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_uses_what_it_lists_and_nothing_else(finished, stage, tmp_path):
+    folder = sandbox(finished, stage, tmp_path / "sandbox")
+    done = run_stage(folder, stage)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((folder / "report.json").read_text())
+    declared = {name for name in STAGES[stage]["deps"] if name.endswith(".py")}
+    assert set(report["modules"]) - EMPTY == declared
+    if stage != "check_params":  # it reads the whole page
+        assert set(report["keys"]) == set(STAGES[stage]["params"])
+
+
+DATA_DEPS = [(stage, dep) for stage in STAGES for dep in STAGES[stage]["deps"] if not dep.endswith(".py")]
+
+
+ALWAYS_READ = [pair for pair in DATA_DEPS if pair[1] not in ORDER_ONLY and pair not in UNLESS_SCRATCH]
+
+
+@pytest.mark.parametrize(("stage", "dep"), ALWAYS_READ)
+def test_every_data_dep_is_needed(finished, stage, dep, tmp_path):
+    folder = sandbox(finished, stage, tmp_path / "sandbox")
+    shutil.rmtree(folder / dep)
+    done = run_stage(folder, stage)
+    assert done.returncode == 1
+    assert re.match(rf"encore: {dep}/\S+ is missing; `dvc repro", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(("stage", "dep"), UNLESS_SCRATCH)
+def test_initial_weights_are_needed_unless_training_starts_from_scratch(finished, stage, dep, tmp_path):
+    folder = sandbox(finished, stage, tmp_path / "sandbox")
+    shutil.rmtree(folder / dep)
+    assert run_stage(folder, stage).returncode == 0
+
+    page = folder / "params.yaml"
+    write_page(page, **{**read_page(page), "init_from": "./somefolder/"})
+    done = run_stage(folder, stage)
+    assert done.returncode == 1
+    assert re.match(rf"encore: {dep}/\S+ is missing; `dvc repro", done.stderr), done.stderr
+    shutil.copytree(finished / "model", tmp_path / "weights")
+    (folder / dep).mkdir()
+    fetch_initial(f"{tmp_path}/weights", folder / dep, tmp_path)
+    done = run_stage(folder, stage)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_package_files_hold_only_docstrings():
+    for name in EMPTY:
+        assert re.fullmatch(r'"""[^"]*"""\n', (ROOT / name).read_text())
+
+
+def test_outputs_are_what_the_design_says():
+    """No persist, and no plain out without cache: either would switch DVC's run cache off for the stage."""
+    for stage in STAGES.values():
+        assert all(isinstance(out, str) for out in stage.get("outs", []))
+        for out in [*stage.get("metrics", []), *stage.get("plots", [])]:
+            (options,) = out.values()
+            assert options["cache"] is False
+            assert "persist" not in options
