@@ -7,23 +7,26 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test
+.PHONY: help setup repro report play test
 
 help:
 	@echo 'make repro   set up, then run the pipeline on params.yaml and show what came out'
+	@echo 'make report  one page about the results; EXPERIMENTS="a b" puts experiments side by side'
+	@echo 'make play    a page to try the model on'
 	@echo 'make test    set up, then lint, check types and run all tests'
 	@echo 'make setup   make .venv with the versions of requirements.lock'
 
 setup: .venv/ready
+
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+FAILED := echo 'encore: pip could not install it (see above); check the network and the disk, then run make again' >&2; exit 1
 
 .venv/ready: requirements.lock
 	@test -n '$(PYTHON)' || { echo 'encore: no Python 3.11 or newer on the path; install one, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("encore: $(PYTHON) is Python %d.%d; Encore needs 3.11 or newer: make PYTHON=/path/to/python3" % sys.version_info[:2])'
 	$(PYTHON) -m venv --clear .venv
 	@echo 'Installing requirements.lock into .venv; this takes some minutes the first time.'
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock \
-		&& $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . \
-		|| { echo 'encore: pip could not install requirements.lock (see above); check the network and the disk, then run make again' >&2; exit 1; }
+	@$(PIP) -r requirements.lock && $(PIP) --no-deps --no-build-isolation -e . || { $(FAILED); }
 	@$(BIN)/python -m encore.plots_page && dvc config --local plots.html_template plots_template.html
 	@touch $@
 
@@ -31,7 +34,17 @@ repro: setup
 	@dvc repro
 	@python -m encore.summary
 
-test: setup
+.venv/play: .venv/ready requirements-dev.lock
+	@echo 'Installing the playground; once.'
+	@$(PIP) -c requirements.lock -c requirements-dev.lock gradio || { $(FAILED); }
+	@touch $@
+
+.venv/dev: .venv/ready requirements-dev.lock
+	@echo 'Installing requirements-dev.lock; once.'
+	@$(PIP) -r requirements-dev.lock || { $(FAILED); }
+	@touch $@
+
+test: .venv/dev
 	ruff check .
 	ruff format --check .
 	mypy

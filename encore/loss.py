@@ -75,8 +75,9 @@ def _parts(x: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> list
 
 
 def _scores(x: torch.Tensor, weight: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """(N, P) float32; those of the padding, which can never come, are minus infinity."""
-    scores = F.linear(x.to(weight.dtype), weight).float()
+    """(N, P), float32 or what is wider; those of the padding, which can never come, are minus infinity."""
+    scores = F.linear(x.to(weight.dtype), weight)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if len(weight) > vocab_size:
         scores[:, vocab_size:] = -math.inf
     return scores

@@ -45,7 +45,7 @@ def reference_loop(trainer, steps):
         loss.backward()
         norm = math.sqrt(sum(parameter.grad.double().square().sum().item() for parameter in model.parameters()))
         for parameter in model.parameters():
-            parameter.grad *= min(1.0, params.grad_clip / norm)
+            parameter.grad *= min(1.0, params.grad_clip / (norm + 1e-6))  # torch clips so, lest it divide by 0
         optimizer.step()
         losses.append(loss.item())
         norms.append(norm)
@@ -54,17 +54,21 @@ def reference_loop(trainer, steps):
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 4)])
 def test_ten_steps_are_those_of_a_plain_loop(make_trainer, batch_size, accumulation):
+    """In float64: AdamW divides a gradient by its size, so in float32 the last bits of a weight whose gradient is next
+    to nothing depend on the order in which a processor adds, and differ by 3e-6 on some."""
     settings = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, "learning_rate": 3e-3}
     trainer = make_trainer("run", max_iters=10, grad_clip=0.9, checkpoint_interval=100, **settings)
+    trainer.model.double()
     expected, losses, norms = reference_loop(trainer, 10)
     assert min(norms) < 0.9 < max(norms)  # some steps are clipped and some are not
     before = weights_of(trainer)
     weights, curves = run(trainer)
     for name, tensor in weights.items():
-        assert (tensor - expected[name]).abs().max() < 1e-6, name
+        assert tensor.dtype == torch.float64
+        assert (tensor - expected[name]).abs().max() < 1e-10, name
         assert (tensor - before[name]).abs().max() > 1e-3, name
     assert read_curve(curves["train"], "loss") == pytest.approx(losses, rel=1e-6)
-    assert read_curve(curves["train"], "grad_norm") == pytest.approx(norms, rel=1e-5)
+    assert read_curve(curves["train"], "grad_norm") == pytest.approx(norms, rel=1e-10)
     assert losses[-1] < losses[0] - 0.05
 
 
@@ -137,7 +141,7 @@ def test_sixteen_bits_learn_like_float32_with_weights_in_float32(make_trainer, d
 def test_compiled_training_agrees_with_the_plain_one(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setattr(inductor_config, "cpp_cache_precompile_headers", False)  # they would go elsewhere
-    sizes = {"n_layer": 1, "max_iters": 2, "gradient_accumulation_steps": 1, "block_size": 8}
+    sizes = {"n_layer": 1, "max_iters": 10, "gradient_accumulation_steps": 1, "block_size": 8}
     plain = run(make_trainer("plain", **sizes))
     trainer = make_trainer("compiled", compile=True, **sizes)
     assert trainer.hardware.compiles
