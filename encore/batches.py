@@ -64,9 +64,7 @@ class Windows:
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Inputs and targets of these windows, each (len(indices), block_size) int64."""
-        rows = np.stack([self.split.read(int(i) * self.block_size, self.block_size + 1) for i in indices])
-        tokens = torch.from_numpy(rows.astype(np.int64))
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return self._read(indices * self.block_size, self.block_size)
 
     def for_step(self, step: int, windows_per_step: int, seed: int) -> np.ndarray:
         """The windows of one optimizer step, (windows_per_step,) indices."""
@@ -89,14 +87,21 @@ class Windows:
         for start in range(0, len(indices), batch_size):
             yield self.batch(indices[start : start + batch_size])
 
-    def every_token(self, batch_size: int) -> Iterator[Batch]:
-        """All windows and then the shorter rest, so that every token but the first is a target exactly once."""
-        yield from self.in_batches(np.arange(self.count), batch_size)
-        start = self.count * self.block_size
-        rest = self.split.tokens - 1 - start
+    def every_token(self, batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[np.ndarray, Batch]]:
+        """All windows and then the shorter rest, so that every token but the first is a target exactly once; of several
+        ranks each gets other batches. With each batch where its windows start in the split, (B,)."""
+        starts = np.arange(self.count) * self.block_size
+        parts = [(starts[i : i + batch_size], self.block_size) for i in range(0, self.count, batch_size)]
+        rest = self.split.tokens - 1 - self.count * self.block_size
         if rest:
-            tokens = torch.from_numpy(self.split.read(start, rest + 1).astype(np.int64))[None]
-            yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+            parts.append((np.array([self.count * self.block_size]), rest))
+        for places, length in parts[rank::ranks]:
+            yield places, self._read(places, length)
+
+    def _read(self, starts: np.ndarray, length: int) -> Batch:
+        rows = np.stack([self.split.read(int(start), length + 1) for start in starts])
+        tokens = torch.from_numpy(rows.astype(np.int64))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 class Ahead:

@@ -37,10 +37,19 @@ class HubFile:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What a repository has at a commit. licence: as its card names it, None where that is silent."""
+
+    commit: str
+    files: list[HubFile]
+    licence: str | None
+
+
 def newest_commit(place: str) -> str:
     """The commit, 40 hex digits, that the data set OWNER/NAME[/FOLDER] has now."""
     repository, _ = _split(place)
-    return _list_files(repository, None)[0]
+    return _list(repository, None).commit
 
 
 def fetch_model(repository: str, commit: str, names: list[str], store: Path) -> list[Path]:
@@ -48,7 +57,7 @@ def fetch_model(repository: str, commit: str, names: list[str], store: Path) -> 
 
     Raises EncoreError where the Hub cannot be reached or lacks one.
     """
-    _, listed = _list_files(repository, commit, "model")
+    listed = _list(repository, commit, "model").files
     folder = store / repository.replace("/", "--") / commit
     found = {str(file.path): file for file in listed}
     for name in names:
@@ -66,6 +75,7 @@ def fetch_model(repository: str, commit: str, names: list[str], store: Path) -> 
 
 class DataSet:
     """The training files of OWNER/NAME[/FOLDER] at a commit. files: by their names in the data set, in that order.
+    licence: the text's, where the Hub says one.
 
     They are kept in `store`/OWNER--NAME/COMMIT. Making one asks the Hub for its list; all raise EncoreError where there
     is nothing to choose or to reach.
@@ -73,12 +83,13 @@ class DataSet:
 
     def __init__(self, place: str, commit: str, store: Path) -> None:
         repository, folder = _split(place)
-        _, listed = _list_files(repository, commit)
+        listing = _list(repository, commit)
+        self.licence = listing.licence
         self.headers = _build_headers()
         self.store = store / repository.replace("/", "--") / commit
         self.files = {
             str(file.path): _remote(repository, commit, file, self.store, "dataset")
-            for file in choose(listed, repository, folder)
+            for file in choose(listing.files, repository, folder)
         }
         self.sha256: dict[RemoteFile, str] = {}  # of those that are known to be whole in the store
 
@@ -210,33 +221,35 @@ def _remote(repository: str, commit: str, file: HubFile, store: Path, kind: str)
     )
 
 
-def _list_files(repository: str, commit: str | None, kind: str = "dataset") -> tuple[str, list[HubFile]]:
-    """The commit (the newest one for None) and the files that it has. kind: dataset or model."""
+def _list(repository: str, commit: str | None, kind: str = "dataset") -> Listing:
+    """What a data set or model has at a commit, the newest one for None. kind: dataset or model."""
     from huggingface_hub import HfApi
 
-    def ask() -> tuple[str, list[HubFile]]:
+    def ask() -> Listing:
         info = HfApi().model_info if kind == "model" else HfApi().dataset_info
         listing = info(repository, revision=commit, files_metadata=True, timeout=transfer.TIMEOUT_SECONDS)
-        return listing.sha or "", [
+        files = [
             HubFile(
                 PurePosixPath(file.rfilename), file.lfs.sha256 if file.lfs else None, file.blob_id or "", file.size or 0
             )
             for file in listing.siblings or []
         ]
+        licence = listing.card_data.get("license") if listing.card_data else None
+        return Listing(listing.sha or "", files, ", ".join(licence) if isinstance(licence, list) else licence)
 
     _build_headers()  # a token that no header can carry would show in the error of the request
     what = f"hf:{repository}" + (f" at {commit}" if commit else "")
     with _failing_plainly():
         try:
-            newest, files = persist(what, ask, threading.Event())
+            found = persist(what, ask, threading.Event())
         except (KeyError, TypeError, ValueError) as error:
             raise EncoreError(
                 f"hf:{repository}: what answers is no Hub ({type(error).__name__}); check the spelling, HF_ENDPOINT "
                 "and whether this network wants a log-in"
             ) from None
-    if any(file.path.is_absolute() or ".." in file.path.parts for file in files):
+    if any(file.path.is_absolute() or ".." in file.path.parts for file in found.files):
         raise EncoreError(f"hf:{repository} lists a file outside its own folder; do not use it")
-    return newest, files
+    return found
 
 
 @contextmanager

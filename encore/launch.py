@@ -18,21 +18,29 @@ import torch
 from encore.errors import EncoreError, Interrupted
 
 ARGUMENTS = "ENCORE_TORCHRUN"
+ONE_MACHINE = ("1", "1:1")  # torchrun's --nnodes
 STOPPED = "all ranks have stopped; run the same command to go on"
 # How long after a signal torchrun kills its processes: a step and a checkpoint must fit, and who waits for a rank that
 # is lost waits no longer. A spot instance gives two minutes.
 SECONDS_TO_SAVE = "110"
 
 
-def torchrun_arguments() -> list[str]:
-    """What this process should start torchrun with; nothing where it trains itself."""
+def torchrun_arguments(module: str, one_machine: bool = False) -> list[str]:
+    """What this process should start torchrun with to run `module`; nothing where it does the work itself.
+
+    one_machine: of several machines that the environment speaks of, take this one alone, with as many processes.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ:
         return []
     if ARGUMENTS in os.environ:
         try:
-            return shlex.split(os.environ[ARGUMENTS])
+            arguments = shlex.split(os.environ[ARGUMENTS])
+            parsed = _parse(arguments, module) if arguments and one_machine else None
         except ValueError as error:
             raise _refused(os.environ[ARGUMENTS], error) from None
+        if parsed and parsed.nnodes not in ONE_MACHINE:
+            return ["--standalone", f"--nproc-per-node={parsed.nproc_per_node}"]
+        return arguments
     device = os.environ.get("ENCORE_DEVICE", "cuda")
     if device == "cuda" and torch.cuda.device_count() > 1:
         return ["--standalone", "--nproc-per-node=gpu"]
@@ -54,7 +62,7 @@ def run_under_torchrun(arguments: list[str], module: str) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         parsed = _parse(arguments, module)
-        if parsed.nnodes not in ("1", "1:1"):
+        if parsed.nnodes not in ONE_MACHINE:
             # Machines count restarts each for itself: the ranks must meet in a new store, or find old addresses.
             os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         # A failure is told below, unless a restart follows it.

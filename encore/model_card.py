@@ -27,7 +27,8 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
     datasets = [f"datasets: [{'/'.join(place.split('/')[:2])}]"] if kind == "hf" else []
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", *datasets, "---"]
     facts = {
-        "data": f"`{data['dataset']}` at `{data['dataset_revision']}`, whose licences hold for the text",
+        "data": f"`{data['dataset']}` at `{data['dataset_revision']}`",
+        "licence of the data": data["licence"] or "not named by the source: look there before you publish",
         "tokens": f"{summary['tokens_seen']:,} seen, {data['train_tokens']:,} in the training split",
         "tokenizer": f"`{data['tokenizer']}`, {data['vocab_size']:,} ids",
         "parameters": f"{summary['parameters']:,}",

@@ -110,6 +110,7 @@ class Params(BaseModel):
     max_new_tokens: Positive
     temperature: Annotated[Real, Field(ge=0)]
     top_k: Positive | None
+    evaluate_tasks: list[Annotated[str, Field(strict=True, pattern=r"^[\w.+:-]+$")]]
 
 
 class StageParams:

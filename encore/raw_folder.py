@@ -56,6 +56,7 @@ class RawFolder:
     """The folder while it is filled. files: what it holds. text_bytes: how much UTF-8 text that is.
 
     source_files: how many files of text the source has. whole_source: whether all of their text is here.
+    licence: of the text, as the source names it.
     """
 
     def __init__(self, folder: Path, text_column: str, wanted_text_bytes: int) -> None:
@@ -65,6 +66,7 @@ class RawFolder:
         self.repaired_documents = 0
         self.source_files = 1
         self.whole_source = True
+        self.licence: str | None = None
 
     @property
     def is_full(self) -> bool:

@@ -140,6 +140,14 @@ def _fetch_package(name: str, version: str, raw: RawFolder) -> None:
     modules = [Document(text, name) for text in _read_modules(installed) if text]
     groups = (modules[start : start + ROW_GROUP_DOCUMENTS] for start in range(0, len(modules), ROW_GROUP_DOCUMENTS))
     raw.write(groups, name)
+    raw.licence = _read_licence(installed)
+
+
+def _read_licence(installed: metadata.Distribution) -> str | None:
+    """The package's own word on it: an SPDX expression or, from before there were these, the first line of a text."""
+    about = installed.metadata
+    named = next((about[key] for key in ("License-Expression", "License") if key in about), "")
+    return next((line.strip()[:100] for line in named.splitlines() if line.strip()), None)
 
 
 def _distribution(name: str) -> metadata.Distribution:
@@ -235,6 +243,7 @@ def _fetch_hub(place: str, commit: str, raw: RawFolder, wanted: Wanted, store: P
     for name, footer in footers.items():
         file = data_set.files[name]
         raw.take(file.path, name, footer, data_set.sha256[file], link_or_copy)
+    raw.licence = data_set.licence
     raw.source_files = len(names)
     raw.whole_source = len(footers) == len(names)
 

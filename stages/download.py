@@ -1,5 +1,5 @@
 """Brings the text of `dataset` to data/raw as parquet files, with the published tokenizer where that is wanted, and the
-weights of `init_from` to data/init.
+weights of `init_from` to data/init, and the data of `evaluate_tasks` to data/tasks.
 
 The only stage that uses the network. What it brings is the same, byte by byte, on every machine.
 """
@@ -16,9 +16,11 @@ from encore.params import load_params
 from encore.scratch import scratch_folder
 from encore.signals import stop_with_parent
 from encore.sources import Wanted, fetch, fetch_gpt2_ranks
+from encore.tasks import fetch_tasks
 
 INIT = Path("data/init")
 RAW = Path("data/raw")
+TASKS = Path("data/tasks")
 MANIFEST = "manifest.json"
 # How much text is fetched for a token. A GPT-2 token holds 4.40 bytes of OpenWebText on average; the rest is margin,
 # since too little would end the corpus before token_cap. Pairs that are learned from the corpus itself can hold more,
@@ -34,6 +36,8 @@ def main() -> None:
 
     with whole_folder(INIT) as folder:
         fetch_initial(params.init_from, folder, scratch_folder())
+    with whole_folder(TASKS) as folder:
+        fetch_tasks(params.evaluate_tasks, folder)
     with whole_folder(RAW) as folder:
         tokenizer = None
         if params.tokenizer == "gpt2":
@@ -45,6 +49,7 @@ def main() -> None:
             {
                 "dataset": params.dataset,
                 "dataset_revision": params.dataset_revision,
+                "licence": raw.licence,
                 "text_column": params.text_column,
                 "source_files": raw.source_files,
                 "whole_source": raw.whole_source,

@@ -1,65 +1,97 @@
-"""Evaluates the trained model: its loss over the whole val split, and samples of what it writes."""
+"""Evaluates the trained model: its loss over the whole val split, standard tasks, and samples of what it writes."""
 
-from collections.abc import Iterable, Iterator
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from encore.batches import Windows
 from encore.device import find_device, find_dtype, set_up_numerics
+from encore.distributed import Ranks, joined
 from encore.errors import run_stage
-from encore.evaluation import sum_losses
+from encore.evaluation import SplitLoss, evaluate_split
 from encore.export import load_model
 from encore.files import write_json, write_whole
 from encore.generate import generate
-from encore.params import load_params
+from encore.launch import run_under_torchrun, torchrun_arguments
+from encore.models.gpt2 import GPT2
+from encore.params import StageParams, load_params
 from encore.progress import Progress
+from encore.records import as_tsv
+from encore.signals import stop_with_parent
+from encore.tasks import run_tasks
 from encore.token_files import RANKS_FILE, TokenSplit
 from encore.tokenizer import load_tokenizer
 
 TOKENS = Path("data/tokens")
+TASKS = Path("data/tasks")
 MODEL = Path("model")
 METRICS = Path("metrics/eval.json")
+BY_POSITION = Path("metrics/position.tsv")
 SAMPLES = Path("metrics/samples.md")
-Batch = tuple[torch.Tensor, torch.Tensor]
 BATCH_TOKENS = 2**13  # how many tokens are evaluated at a time; it does not change the result
 
 
 def main() -> None:
+    stop_with_parent()
     params = load_params("evaluate")
+    if arguments := torchrun_arguments("stages.evaluate", one_machine=True):
+        run_under_torchrun(arguments, "stages.evaluate")
+        return
+    with joined(find_device()) as ranks:
+        evaluate(params, ranks)
+
+
+def evaluate(params: StageParams, ranks: Ranks) -> None:
+    """One rank's part of the evaluation, or all of it."""
     device = find_device()
-    dtype = find_dtype(params.dtype, device)
     set_up_numerics(device)
     model = load_model(MODEL).to(device)
+    val = Windows(TokenSplit(TOKENS, "val"), model.config.block_size, "val")
 
-    val = TokenSplit(TOKENS, "val")
-    windows = Windows(val, model.config.block_size, "val")
+    started = time.perf_counter()
     batch_size = max(1, BATCH_TOKENS // model.config.block_size)
-    with Progress("evaluate", val.tokens, "tokens") as progress:
-        losses = sum_losses(model, watched(windows.every_token(batch_size), progress), device, dtype)
-    result = {
-        "loss": losses.mean,
-        "perplexity": losses.perplexity,
-        "bits_per_byte": losses.bits_per_byte(val.text_bytes),
-        "tokens": losses.tokens,
-    }
-    write_json(METRICS, {"eval": result})
-    print(f"val loss {losses.mean:.4f} over {losses.tokens:,} tokens, perplexity {losses.perplexity:.2f}")
+    with Progress("evaluate", val.split.tokens // ranks.count, "tokens", bar=ranks.is_first) as progress:
+        dtype = find_dtype(params.dtype, device)
+        split_loss = evaluate_split(model, val, batch_size, device, dtype, ranks, progress.add)
+    seconds = time.perf_counter() - started
+    if not ranks.is_first:
+        return
 
+    result = {"eval": summarize(split_loss, seconds)}
+    loss, error = result["eval"]["loss"], result["eval"]["loss_standard_error"]
+    print(f"val loss {loss:.4f} ± {error:.4f} over {result['eval']['tokens']:,} tokens")
+    rows = enumerate(split_loss.loss_by_position, start=1)
+    write_whole(BY_POSITION, as_tsv([{"position": position, "loss": loss} for position, loss in rows]).encode())
+    if params.evaluate_tasks:
+        result["task"] = run_tasks(params.evaluate_tasks, TASKS, MODEL)
+    write_json(METRICS, result)
+    write_whole(SAMPLES, as_markdown(params.start, write_samples(params, model)).encode())
+
+
+def summarize(split_loss: SplitLoss, seconds: float) -> dict[str, Any]:
+    """The numbers of eval.json."""
+    tokens = int(split_loss.tokens.sum())
+    return {
+        "loss": split_loss.loss,
+        "loss_standard_error": split_loss.standard_error,
+        "perplexity": split_loss.perplexity,
+        "bits_per_byte": split_loss.bits_per_byte,
+        "tokens": tokens,
+        "documents": len(split_loss.tokens),
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def write_samples(params: StageParams, model: GPT2) -> list[str]:
+    """`num_samples` continuations of the prompt `start`, always the same for the same seed."""
     tokenizer = load_tokenizer(MODEL / RANKS_FILE)
     # An empty prompt begins where every document begins: behind an end-of-text token.
     prompt = tokenizer.encode_ordinary(params.start) or [tokenizer.eot_token]
     how = (params.max_new_tokens, params.temperature, params.top_k, 1.0, tokenizer.eot_token)
     generator = torch.Generator().manual_seed(params.seed)
-    texts = [tokenizer.decode(list(generate(model, prompt, *how, generator))) for _ in range(params.num_samples)]
-    write_whole(SAMPLES, as_markdown(params.start, texts).encode())
-
-
-def watched(batches: Iterable[Batch], progress: Progress) -> Iterator[Batch]:
-    """Passes batches of inputs and targets on, and counts the targets of each when it has been worked on."""
-    for batch in batches:
-        yield batch
-        progress.add(batch[1].numel())
+    return [tokenizer.decode(list(generate(model, prompt, *how, generator))) for _ in range(params.num_samples)]
 
 
 def as_markdown(start: str, texts: list[str]) -> str:

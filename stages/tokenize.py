@@ -36,6 +36,7 @@ def main() -> None:
             {
                 "dataset": raw["dataset"],
                 "dataset_revision": raw["dataset_revision"],
+                "licence": raw["licence"],
                 "dtype": token_dtype(store.vocab_size).name,
                 "vocab_size": store.vocab_size,
                 "tokenizer": params.tokenizer,

@@ -44,7 +44,7 @@ LOG = Path("training.log")
 def main() -> None:
     stop_with_parent()
     params = load_params("train")
-    if arguments := torchrun_arguments():
+    if arguments := torchrun_arguments("stages.train"):
         run_under_torchrun(arguments, "stages.train")
         return
     with joined(find_device()) as ranks:
@@ -162,7 +162,7 @@ def check_disk(trainer: Trainer) -> None:
 def write_results(trainer: Trainer, model: GPT2) -> None:
     """model/, the metrics and the last state of the curves."""
     records, tokens = trainer.records, trainer.train.split
-    keys = ("dataset", "dataset_revision", "tokenizer", "vocab_size")
+    keys = ("dataset", "dataset_revision", "licence", "tokenizer", "vocab_size")
     record = {
         "params": trainer.params.as_dict(),
         "data": {**{key: tokens.manifest[key] for key in keys}, "train_tokens": tokens.tokens},

@@ -81,6 +81,7 @@ def write_tokens(folder: Path, train: np.ndarray, val: np.ndarray, vocab_size: i
     manifest = {
         "dataset": "package:made-up",
         "dataset_revision": "1.0",
+        "licence": "MIT",
         "dtype": dtype.name,
         "vocab_size": vocab_size,
         "tokenizer": "bpe",
@@ -102,6 +103,7 @@ def tokens_folder(tmp_path: Path) -> Path:
     """Tokens that can be learned a little: a noisy walk over 300 ids, 5,000 for training and 700 held out."""
     random = np.random.default_rng(0)
     walk = np.cumsum(random.integers(0, 4, 5700)) % 299
+    walk[[4999, 5699]] = 299  # end-of-text
     folder = tmp_path / "data" / "tokens"
     write_tokens(folder, walk[:5000], walk[5000:], vocab_size=300)
     return folder

@@ -150,10 +150,24 @@ def test_an_evaluation_is_spread_over_the_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 1000])
 def test_every_token_but_the_first_is_a_target_once(tmp_path: Path, tokens: int, batch_size: int) -> None:
     windows, ids = open_windows(tmp_path, tokens, 16)
-    batches = list(windows.every_token(batch_size))
+    starts, batches = zip(*windows.every_token(batch_size), strict=True)
+    assert np.concatenate(starts).tolist() == list(range(0, tokens - 1, 16))
     assert torch.cat([targets.flatten() for _, targets in batches]).tolist() == ids[1:].tolist()
     assert torch.cat([inputs.flatten() for inputs, _ in batches]).tolist() == ids[:-1].tolist()
     assert all(inputs.shape == targets.shape and len(inputs) <= batch_size for inputs, targets in batches)
+
+
+def test_ranks_share_every_token(tmp_path: Path) -> None:
+    windows, ids = open_windows(tmp_path, 1000, 16)
+    shares = [list(windows.every_token(4, rank, 3)) for rank in range(3)]
+    targets = sorted(
+        (int(start), row.tolist())
+        for share in shares
+        for starts, (_, rows) in share
+        for start, row in zip(starts, rows, strict=True)
+    )
+    assert [token for _, row in targets for token in row] == ids[1:].tolist()
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_split_without_one_window_is_refused(tmp_path: Path) -> None:

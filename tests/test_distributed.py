@@ -19,7 +19,7 @@ from encore.batches import Windows
 from encore.checkpoint import MODEL, OPTIMIZER, find_newest
 from encore.distributed import ALONE, Ranks, joined
 from encore.errors import EncoreError
-from encore.evaluation import sum_losses
+from encore.evaluation import evaluate_split
 from encore.export import load_model
 from encore.records import Records
 from encore.token_files import TokenSplit
@@ -192,9 +192,7 @@ def test_the_model_of_shards_is_read_by_everybody(done, monkeypatch):
 
     val = Windows(TokenSplit(done.folder / "tokens", "val"), 16, "val")
     models = [load_model(done.folder / name / "model") for name in ("two", "sharded")]
-    whole, sharded = (
-        sum_losses(model, val.every_token(8), torch.device("cpu"), torch.float32).mean for model in models
-    )
+    whole, sharded = (evaluate_split(model, val, 8, torch.device("cpu"), torch.float32).loss for model in models)
     assert sharded == pytest.approx(whole, rel=1e-6)
     hub = transformers.AutoModelForCausalLM.from_pretrained(done.folder / "sharded" / "model", local_files_only=True)
     idx, _ = val.batch(np.arange(4))

@@ -82,14 +82,30 @@ def test_the_environment_says_whether_and_how_to_start_processes(monkeypatch, en
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert torchrun_arguments() == expected
+    assert torchrun_arguments("stages.train") == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--nnodes=2 --nproc-per-node=8 --node-rank=0 --master-addr=10.0.0.1", ["--standalone", "--nproc-per-node=8"]),
+        ("--nnodes=1:4 --nproc-per-node=gpu --rdzv-backend=c10d", ["--standalone", "--nproc-per-node=gpu"]),
+        ("--standalone --nproc-per-node=2", ["--standalone", "--nproc-per-node=2"]),
+        ("", []),
+    ],
+)
+def test_a_stage_for_one_machine_does_not_wait_for_others(monkeypatch, arguments, expected):
+    for name in ("RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ENCORE_TORCHRUN", arguments)
+    assert torchrun_arguments("stages.evaluate", one_machine=True) == expected
 
 
 def test_an_open_quote_is_told(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("ENCORE_TORCHRUN", "--nproc-per-node='2")
     with pytest.raises(EncoreError) as error:
-        torchrun_arguments()
+        torchrun_arguments("stages.train")
     assert str(error.value) == (
         'ENCORE_TORCHRUN="--nproc-per-node=\'2" is not what torchrun takes (No closing quotation); see '
         "`torchrun --help`"

@@ -1,0 +1,131 @@
+"""Standard tasks (HellaSwag, LAMBADA, ...) by EleutherAI's lm-eval.
+
+Their data is fetched in one stage and used in another. Both run in a process of their own, since where `datasets` keeps its files, and whether it may use the network, are
+settings that it reads when it is imported.
+"""
+
+import difflib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from encore.errors import EncoreError, run_stage
+from encore.files import read_json, write_json
+
+MANIFEST = "manifest.json"
+BATCH_SIZE = 16
+BOOTSTRAP_SAMPLES = 1000  # for the standard errors that have no formula, perplexity's
+SETTINGS = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def fetch_tasks(names: list[str], folder: Path) -> None:
+    """Fills `folder` with the data of lm-eval's tasks of these names, and a manifest. No names: the manifest alone.
+
+    Raises EncoreError where lm-eval is missing, has no such task or cannot reach the Hub.
+    """
+    if names:
+        _check_installed(names)
+        with tempfile.TemporaryDirectory() as downloads:
+            _run(["fetch", str(folder), *names], HF_DATASETS_CACHE=str(folder.resolve()), HF_HUB_CACHE=downloads)
+        for path in [*folder.rglob("*.lock"), *folder.rglob("cache-*.arrow")]:  # of the process that is done
+            path.unlink()
+    write_json(folder / MANIFEST, {"tasks": names})
+
+
+def run_tasks(names: list[str], folder: Path, model: Path) -> dict[str, dict[str, float]]:
+    """The metrics of each task (acc, acc_stderr, ...) for the model in `model`, from the data of `fetch_tasks`.
+
+    Raises EncoreError where the data is of other tasks or lm-eval is missing or fails.
+    """
+    missing = set(names) - set(read_json(folder / MANIFEST)["tasks"])
+    if missing:
+        raise EncoreError(f"{folder} lacks the data of {', '.join(sorted(missing))}; `dvc repro download` brings it")
+    _check_installed(names)
+    with tempfile.TemporaryDirectory() as place:
+        # A copy: `datasets` writes locks and what it derives beside its files, and an output of DVC must stay as it is.
+        data, results = Path(place, "data"), Path(place, "results.json")
+        shutil.copytree(folder, data)
+        _run(["run", str(model), str(results), *names], HF_DATASETS_CACHE=str(data), HF_HUB_OFFLINE="1")
+        return read_json(results)
+
+
+def _check_installed(names: list[str]) -> None:
+    if find_spec("lm_eval") is None:
+        raise EncoreError(
+            f"evaluate_tasks asks for {', '.join(names)}, and lm-eval, which runs them, is not installed; "
+            "`pip install -c requirements.lock -c requirements-dev.lock 'lm-eval[hf]'` brings it"
+        )
+
+
+def _run(arguments: list[str], **settings: str) -> None:
+    environment = {**os.environ, **SETTINGS, **settings}
+    done = subprocess.run([sys.executable, "-m", "encore.tasks", *arguments], env=environment)
+    if done.returncode:
+        raise EncoreError("evaluate_tasks: lm-eval failed, see above; mend it, or set evaluate_tasks: []")
+
+
+def main() -> None:
+    action, *arguments = sys.argv[1:]
+    if action == "fetch":
+        _fetch(arguments[1:])
+    else:
+        write_json(Path(arguments[1]), _evaluate(Path(arguments[0]), arguments[2:]))
+
+
+def _fetch(names: list[str]) -> None:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    problems = []
+    for name in names:
+        if name not in manager.all_tasks:
+            nearest = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            problems.append(f"lm-eval has no task {name}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+    if problems:
+        raise EncoreError("evaluate_tasks: " + "; ".join(problems))
+    try:
+        manager.load(names)
+    except Exception as error:  # whatever datasets, httpx or the task's own code raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise EncoreError(
+            f"evaluate_tasks: the data of {', '.join(names)} cannot be fetched ({reason}); check the network"
+        ) from None
+
+
+def _evaluate(model: Path, names: list[str]) -> dict[str, dict[str, float]]:
+    import lm_eval
+
+    from encore.device import find_device
+
+    done = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(model), "dtype": "float32"},
+        tasks=names,
+        batch_size=BATCH_SIZE,
+        device=str(find_device()),
+        bootstrap_iters=BOOTSTRAP_SAMPLES,
+        log_samples=False,
+    )
+    results = {name: _numbers(done["results"][name]) for name in done["results"]}
+    for name, numbers in results.items():
+        print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items()))
+    return results
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """lm-eval's keys are METRIC,FILTER, and its filter `none` says nothing."""
+    numbers = {key.removesuffix(",none").replace(",", "_"): value for key, value in row.items() if "," in key}
+    return {key: value for key, value in numbers.items() if isinstance(value, int | float)}
+
+
+if __name__ == "__main__":
+    run_stage(main)
