@@ -64,7 +64,7 @@ class Windows:
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Inputs and targets of these windows, each (len(indices), block_size) int64."""
-        return self._read(indices * self.block_size, self.block_size)
+        return self.at(indices * self.block_size, self.block_size)
 
     def for_step(self, step: int, windows_per_step: int, seed: int) -> np.ndarray:
         """The windows of one optimizer step, (windows_per_step,) indices."""
@@ -96,9 +96,10 @@ class Windows:
         if rest:
             parts.append((np.array([self.count * self.block_size]), rest))
         for places, length in parts[rank::ranks]:
-            yield places, self._read(places, length)
+            yield places, self.at(places, length)
 
-    def _read(self, starts: np.ndarray, length: int) -> Batch:
+    def at(self, starts: np.ndarray, length: int) -> Batch:
+        """Inputs and targets of `length` tokens from each of `starts` on, each (len(starts), length) int64."""
         rows = np.stack([self.split.read(int(start), length + 1) for start in starts])
         tokens = torch.from_numpy(rows.astype(np.int64))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

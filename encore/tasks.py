@@ -1,7 +1,7 @@
 """Standard tasks (HellaSwag, LAMBADA, ...) by EleutherAI's lm-eval.
 
-Their data is fetched in one stage and used in another. Both run in a process of their own, since where `datasets` keeps its files, and whether it may use the network, are
-settings that it reads when it is imported.
+Their data is fetched in one stage and used in another, both in a process of their own: where `datasets` keeps its files
+and whether it may use the network are settings that it reads when it is imported.
 """
 
 import difflib
@@ -49,6 +49,8 @@ def run_tasks(names: list[str], folder: Path, model: Path) -> dict[str, dict[str
     missing = set(names) - set(read_json(folder / MANIFEST)["tasks"])
     if missing:
         raise EncoreError(f"{folder} lacks the data of {', '.join(sorted(missing))}; `dvc repro download` brings it")
+    if not names:
+        return {}
     _check_installed(names)
     with tempfile.TemporaryDirectory() as place:
         # A copy: `datasets` writes locks and what it derives beside its files, and an output of DVC must stay as it is.

@@ -64,8 +64,8 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
     print(f"val loss {loss:.4f} ± {error:.4f} over {result['eval']['tokens']:,} tokens")
     rows = enumerate(split_loss.loss_by_position, start=1)
     write_whole(BY_POSITION, as_tsv([{"position": position, "loss": loss} for position, loss in rows]).encode())
-    if params.evaluate_tasks:
-        result["task"] = run_tasks(params.evaluate_tasks, TASKS, MODEL)
+    if scores := run_tasks(params.evaluate_tasks, TASKS, MODEL):
+        result["task"] = scores
     write_json(METRICS, result)
     write_whole(SAMPLES, as_markdown(params.start, write_samples(params, model)).encode())
 

@@ -52,7 +52,7 @@ def write_raw(
     if ranks is not None:
         (folder / "published.tiktoken").write_bytes(ranks)
         tokenizer = {"name": "published.tiktoken", "sha256": sha256(ranks).hexdigest()}
-    source = {"dataset": "package:made-up", "dataset_revision": "1.0"}
+    source = {"dataset": "package:made-up", "dataset_revision": "1.0", "licence": "MIT"}
     manifest = {**source, "whole_source": True, "text_bytes_per_token": 6.0, "files": files, "tokenizer": tokenizer}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return manifest

@@ -25,7 +25,8 @@ stages:
   download:
     cmd: python -m stages.download
     params:
-      [dataset, dataset_revision, text_column, shard_order, tokenizer, token_cap, val_fraction, split_seed, init_from]
+      [dataset, dataset_revision, text_column, shard_order, tokenizer, token_cap, val_fraction, split_seed, init_from,
+       evaluate_tasks]
 """
 
 
@@ -67,9 +68,10 @@ def test_files_and_manifest(repository: Path, capsys: pytest.CaptureFixture[str]
     download.main()
     manifest = json.loads(Path("data/raw/manifest.json").read_bytes())
     told = ["source_files", "whole_source", "text_bytes", "text_bytes_per_token", "repaired_documents"]
-    assert list(manifest) == ["dataset", "dataset_revision", "text_column", *told, "files", "tokenizer"]
+    assert list(manifest) == ["dataset", "dataset_revision", "licence", "text_column", *told, "files", "tokenizer"]
     assert manifest["dataset"] == "files:corpus/*"
     assert manifest["dataset_revision"] == corpus_hash()
+    assert manifest["licence"] is None
     assert manifest["text_column"] == "body"
     assert manifest["tokenizer"] is None
     column = pq.read_metadata("corpus/b.parquet").row_group(0).column(0)
@@ -94,6 +96,9 @@ def test_files_and_manifest(repository: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == f"files:corpus/*: 2 files, 3 documents, {megabytes:.1f} MB in data/raw\n"
     assert [path.name for path in Path("data/init").iterdir()] == ["manifest.json"]
     assert json.loads(Path("data/init/manifest.json").read_bytes()) == {"init_from": "scratch", "files": {}}
+    assert {path.name: path.read_text() for path in Path("data/tasks").iterdir()} == {
+        "manifest.json": '{\n  "tasks": []\n}\n'
+    }
 
 
 def test_same_bytes_elsewhere_and_later(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +119,7 @@ def test_a_failure_leaves_what_was_there(repository: Path) -> None:
     with pytest.raises(EncoreError, match=f"set dataset_revision to {corpus_hash()}"):
         download.main()
     assert hashes(Path("data/raw")) == before
-    assert sorted(path.name for path in Path("data").iterdir()) == ["init", "raw"]
+    assert sorted(path.name for path in Path("data").iterdir()) == ["init", "raw", "tasks"]
 
 
 @pytest.mark.parametrize(("tokenizer", "vocab_size", "bytes_per_token"), [("bpe", 2048, 6.0), ("gpt2", 50257, 4.488)])

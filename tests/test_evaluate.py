@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ from torch.nn import functional as F
 
 from encore.export import save_model
 from encore.models.gpt2 import GPT2, GPT2Config
+from encore.tasks import fetch_tasks
 from encore.token_files import RANKS_FILE
 from stages import evaluate
-from tests.conftest import ROOT, TINY, write_page
+from tests.conftest import ROOT, TINY, pipeline_environment, write_page, write_tokens
+from tests.ranks import launch_settings
 
 
 @pytest.fixture
@@ -22,6 +26,7 @@ def model(tmp_path, tokens_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ENCORE_DEVICE", "cpu")
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    fetch_tasks([], tokens_folder.parent / "tasks")
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32, bias=False))
     (tmp_path / "model").mkdir()
@@ -54,6 +59,96 @@ def test_the_number_of_tokens_at_a_time_changes_nothing(model, tmp_path, monkeyp
     whole = run(tmp_path)
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", 16)
     assert run(tmp_path)["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+
+
+def test_two_ranks_find_what_one_does(model, tmp_path):
+    one = run(tmp_path)
+    by_position = read_positions(tmp_path)
+    environment = launch_settings(tmp_path, "--standalone --nproc-per-node=2")
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.evaluate"],
+        cwd=tmp_path,
+        env=pipeline_environment(**environment),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("val loss") == 1
+    two = json.loads((tmp_path / "metrics/eval.json").read_text())["eval"]
+    for name in ("loss", "loss_standard_error", "perplexity", "bits_per_byte", "tokens", "documents"):
+        assert two[name] == pytest.approx(one[name], rel=1e-6), name
+    assert read_positions(tmp_path) == pytest.approx(by_position, rel=1e-6)
+
+
+def test_the_curve_over_positions_and_the_speed(model, tmp_path, tokens_folder):
+    result = run(tmp_path)
+    positions = read_positions(tmp_path)
+    counts = [44] * 11 + [43] * 5  # 43 windows of 16 and one of 11
+    assert sum(map(math.prod, zip(positions, counts, strict=True))) / 699 == pytest.approx(result["loss"])
+    assert result["documents"] == np.count_nonzero(np.fromfile(tokens_folder / "val_00000.bin", "<u2") == 299)
+    assert result["tokens_per_second"] > 0
+
+
+def read_positions(folder):
+    """The losses of position.tsv, whose positions must count from 1."""
+    rows = [line.split("\t") for line in (folder / "metrics/position.tsv").read_text().splitlines()]
+    assert rows[0] == ["position", "loss"]
+    assert [int(position) for position, _ in rows[1:]] == list(range(1, len(rows)))
+    return [float(loss) for _, loss in rows[1:]]
+
+
+def nanogpt_loss(model, val, batches, batch_size, block_size, random):
+    """Means of random batches, as nanoGPT's estimate_loss draws them: windows that may overlap, from anywhere."""
+    means = []
+    for _ in range(batches):
+        starts = random.integers(0, len(val) - block_size, batch_size)
+        idx, targets = (torch.stack([val[s + d : s + d + block_size] for s in starts]) for d in (0, 1))
+        with torch.no_grad():
+            means.append(F.cross_entropy(model.logits(idx).flatten(0, 1), targets.flatten()).item())
+    return np.array(means)
+
+
+def test_the_loss_lies_within_the_noise_of_nanogpts_estimate(model, tmp_path, tokens_folder):
+    """Of a split so long that what its windows happen to start with matters less than which ones are drawn."""
+    random = np.random.default_rng(0)
+    walk = np.cumsum(random.integers(0, 4, 30_000)) % 299
+    shutil.rmtree(tokens_folder)
+    write_tokens(tokens_folder, walk[:100], np.append(walk, 299), vocab_size=300, shard_tokens=10**6)
+    means = nanogpt_loss(model, torch.from_numpy(walk), 50, 4, 16, random)
+    error = means.std(ddof=1) / math.sqrt(len(means))
+    assert 0 < error < 0.02
+    assert run(tmp_path)["loss"] == pytest.approx(means.mean(), abs=3 * error)
+
+
+def test_weights_from_transformers_have_the_loss_that_transformers_finds(tmp_path, tokens_folder, monkeypatch):
+    """The way back: a folder that Encore has not made, but for the tokenizer's ranks."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ENCORE_DEVICE", "cpu")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import transformers
+
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=300, n_positions=16, n_layer=2, n_head=2, n_embd=32)
+    fetch_tasks([], tokens_folder.parent / "tasks")
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path / "model")
+    shutil.copy(tokens_folder / RANKS_FILE, tmp_path / "model")
+    val = torch.from_numpy(np.fromfile(tokens_folder / "val_00000.bin", "<u2").astype(np.int64))
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, 699, 16):
+            window = val[start : start + 17][None]
+            nats += (
+                theirs(window[:, :-1], labels=window[:, :-1])
+                .logits.double()
+                .log_softmax(-1)[0]
+                .gather(1, window[0, 1:, None])
+                .neg()
+                .sum()
+                .item()
+            )
+    assert run(tmp_path)["loss"] == pytest.approx(nats / 699, rel=1e-6)
 
 
 def test_samples_are_the_same_for_the_same_seed(model, tmp_path):

@@ -70,6 +70,20 @@ def test_the_train_files_in_order(hub: Hub, fetch_folder: Path) -> None:
     assert hub.encodings == {"identity"}  # a partial file could not be continued otherwise
 
 
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        (None, None),
+        ({"language": ["en"]}, None),
+        ({"license": "cc0-1.0"}, "cc0-1.0"),
+        ({"license": ["mit", "odc-by"]}, "mit, odc-by"),
+    ],
+)
+def test_the_licence_is_the_cards(hub: Hub, fetch_folder: Path, card: dict | None, licence: str | None) -> None:
+    hub.card = card
+    assert fetch_raw(fetch_folder, 1).licence == licence
+
+
 def test_what_is_wanted_and_nothing_twice(hub: Hub, fetch_folder: Path) -> None:
     assert len(fetch_hub(fetch_folder, TEXT_BYTES[0] - 1)) == 1
     assert set(hub.bodies_served()) == {NAMES[0]}

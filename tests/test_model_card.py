@@ -18,6 +18,7 @@ RECORD = {
     "data": {
         "dataset": "hf:owner/corpus/en",
         "dataset_revision": "0123abc",
+        "licence": "cc0-1.0",
         "tokenizer": "bpe",
         "vocab_size": 2048,
         "train_tokens": 3_030_201,
@@ -55,7 +56,8 @@ def test_what_it_says(tmp_path):
         "datasets": ["owner/corpus"],
     }
     for line in (
-        "| data | `hf:owner/corpus/en` at `0123abc`, whose licences hold for the text |",
+        "| data | `hf:owner/corpus/en` at `0123abc` |",
+        "| licence of the data | cc0-1.0 |",
         "| tokens | 1,843,200 seen, 3,030,201 in the training split |",
         "| tokenizer | `bpe`, 2,048 ids |",
         "| parameters | 1,308,864 |",

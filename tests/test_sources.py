@@ -36,10 +36,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     site = tmp_path / "site"
     monkeypatch.syspath_prepend(str(site))
 
-    def install(files: dict[str, bytes], name: str = "corpus") -> Path:
+    def install(files: dict[str, bytes], name: str = "corpus", more: str = "") -> Path:
         info = site / f"{name}-1.2.dist-info"
         info.mkdir(parents=True)
-        info.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+        info.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n{more}")
         for path, content in files.items():
             (site / path).parent.mkdir(parents=True, exist_ok=True)
             (site / path).write_bytes(content)
@@ -69,6 +69,20 @@ def test_package_is_its_modules_in_order(install, fetch_folder: Path) -> None:
     assert parquet.metadata.metadata is None  # neither pandas' nor Arrow's, which change with their versions
     assert parquet.metadata.row_group(0).column(0).compression == "ZSTD"
     parquet.close()
+
+
+@pytest.mark.parametrize(
+    ("more", "licence"),
+    [
+        ("", None),
+        ("License: BSD\n", "BSD"),
+        ("License-Expression: MIT AND 0BSD\nLicense: another\n", "MIT AND 0BSD"),
+        ("License: \n        The text of it\n        goes on\n", "The text of it"),
+    ],
+)
+def test_the_licence_of_a_package(install, fetch_folder: Path, more: str, licence: str | None) -> None:
+    install({"corpus/a.py": b"first = 1\n"}, more=more)
+    assert fetch("package:corpus", "1.2", want(), fetch_folder, Path("scratch")).licence == licence
 
 
 def test_package_has_the_same_bytes_twice(install, fetch_folder: Path, tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_shards_and_manifest_are_those_of_a_plain_loop(
     assert manifest == {
         "dataset": "package:made-up",
         "dataset_revision": "1.0",
+        "licence": "MIT",
         "dtype": "uint16",
         "vocab_size": VOCAB_SIZE,
         "tokenizer": "bpe",
@@ -278,7 +279,7 @@ def test_real_prose_is_encoded_as_tiktoken_does_document_by_document(monkeypatch
     (RAW / "ranks").write_bytes(write_ranks(published._mergeable_ranks))
     tokenizer = {"name": "ranks", "sha256": sha256_of(RAW / "ranks")}
     manifest = {"whole_source": True, "text_bytes_per_token": 4.5, "files": listed}
-    manifest |= {"tokenizer": tokenizer, "dataset": "files:english", "dataset_revision": "0" * 64}
+    manifest |= {"tokenizer": tokenizer, "dataset": "files:english", "dataset_revision": "0" * 64, "licence": None}
     (RAW / "manifest.json").write_text(json.dumps(manifest))
     monkeypatch.setattr(encode, "BATCH_BYTES", 20_000)
     monkeypatch.setattr(parts, "PART_TEXT_BYTES", 10**7)

@@ -55,6 +55,7 @@ def write_token_folder(
     manifest = {
         "dataset": "package:made-up",
         "dataset_revision": "1.0",
+        "licence": "MIT",
         "dtype": dtype,
         "vocab_size": vocab_size,
         "tokenizer": "bpe",
