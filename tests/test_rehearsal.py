@@ -47,7 +47,7 @@ def test_a_hundredth_of_the_experiment_of_record(tmp_path: Path) -> None:
     repository = copy_repository(tmp_path / "repository")
     record = read_page(ROOT / "presets/gpt2-owt-4b.yaml")
     token_cap = record["token_cap"] // 100
-    place = {"dataset": f"hf:{REPOSITORY}", "dataset_revision": COMMIT}
+    place = {"dataset": f"hf:{REPOSITORY}", "dataset_revision": COMMIT, "evaluate_tasks": []}
     write_page(repository / "params.yaml", **{**record, **place, "token_cap": token_cap})
     commit(repository, "a hundredth")
     shards = make_shards(Path(ENGLISH))

@@ -1,12 +1,15 @@
 """wandb for real, without a network: an offline run is written and its file is read back."""
 
 import json
+import socket
 import struct
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 
+from encore import wandb_run
 from encore.records import Records
 from encore.wandb_run import WandbRun, start_wandb
 
@@ -122,22 +125,35 @@ def test_wandb_is_off_unless_the_environment_asks(mode, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_wandb_that_is_not_installed_or_does_not_start_is_told_and_done_without(offline, monkeypatch, capsys):
-    def refuse(**options):
-        raise wandb.errors.CommError("no network")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(wandb, "init", refuse)
-        assert start_wandb({}, None) is None
-    assert capsys.readouterr().err == ("encore: note: wandb did not start (no network); training goes on without it\n")
+def test_a_wandb_that_is_not_installed_is_told_and_done_without(offline, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert start_wandb({}, None) is None
-    assert "wandb did not start (" in capsys.readouterr().err
+    start_wandb({}, None).finish({})
+    error = capsys.readouterr().err
+    assert error.startswith("encore: note: wandb did not start (")
+    assert error.endswith("); training goes on without it\n")
+    assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("failing", ["log", "summary", "finish"])
-def test_a_failing_wandb_is_told_once_and_never_raises(failing, capsys):
-    calls = []
+def test_a_server_that_does_not_answer_costs_no_row(offline, monkeypatch, capsys):
+    """Nobody listens there; the run is written offline instead."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_MODE", "online")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setattr(wandb_run, "SECONDS_TO_START", 1.0)
+        run = start_wandb({}, "run12345")
+        run.log({"iter": 1, "lr": 0.5})
+        run.finish({"iter": 1})
+    assert "wandb's server cannot be reached" in capsys.readouterr().err
+    written, history, summary, _ = read_run(offline)
+    assert written.run_id == "run12345"
+    assert [row["lr"] for row in history] == [0.5]
+    assert summary["iter"] == 1
+
+
+def act_on(calls, failing=None):
+    """A stand-in for wandb's run that notes the calls; one of them fails."""
 
     def act(name):
         def action(*values):
@@ -147,12 +163,45 @@ def test_a_failing_wandb_is_told_once_and_never_raises(failing, capsys):
 
         return action
 
-    run = WandbRun(
-        SimpleNamespace(log=act("log"), summary=SimpleNamespace(update=act("summary")), finish=act("finish"))
-    )
+    return SimpleNamespace(log=act("log"), summary=SimpleNamespace(update=act("summary")), finish=act("finish"))
+
+
+@pytest.mark.parametrize("failing", ["log", "summary", "finish"])
+def test_a_failing_wandb_is_told_once_and_never_raises(failing, capsys):
+    calls = []
+    run = WandbRun("name", lambda: act_on(calls, failing))
     run.log({"iter": 1})
     run.log({"iter": 2})
     run.finish({"iter": 2})
     expected = {"log": ["log"], "summary": ["log", "log", "summary"], "finish": ["log", "log", "summary", "finish"]}
     assert calls == expected[failing]
     assert capsys.readouterr().err == "encore: note: wandb failed (wandb is down); training goes on without it\n"
+
+
+def test_a_wandb_that_hangs_is_not_waited_for(monkeypatch, capsys):
+    calls, go_on = [], threading.Event()
+    monkeypatch.setattr(wandb_run, "SECONDS_TO_FINISH", 0.05)
+
+    def start():
+        go_on.wait()
+        return act_on(calls)
+
+    run = WandbRun("name", start)
+    run.log({"iter": 1})
+    run.finish({})
+    assert calls == []
+    assert capsys.readouterr().err == (
+        "encore: note: wandb has not ended the run in 0 s; `wandb sync` sends what lies in wandb/\n"
+    )
+    go_on.set()
+    run._thread.join()
+    assert calls == ["log", "summary", "finish"]
+
+
+def test_calls_come_in_their_order(capsys):
+    rows = []
+    run = WandbRun("name", lambda: SimpleNamespace(log=rows.append, summary={}, finish=lambda: rows.append("end")))
+    for i in range(100):
+        run.log({"iter": i})
+    run.finish({})
+    assert rows == [*({"iter": i} for i in range(100)), "end"]
