@@ -125,15 +125,24 @@ def connected(monkeypatch: pytest.MonkeyPatch, url: str, token: str) -> Iterator
 def serving(files: dict[str, bytes]) -> Iterator[Hub]:
     """A Hub that answers until the block ends."""
     hub = Hub(files)
-    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
+    with answering(hub):
+        try:
+            yield hub
+        finally:
+            hub.go_on.set()
+
+
+@contextmanager
+def answering(server: ThreadingHTTPServer) -> Iterator[str]:
+    """Its address, at which a thread answers until the block ends."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield hub
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
-        hub.go_on.set()
-        hub.shutdown()
+        server.shutdown()
         thread.join()
-        hub.server_close()
+        server.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):

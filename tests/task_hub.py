@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,8 +11,9 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.hub import COMMIT, answering
+
 REPOSITORY = "Rowan/hellaswag"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ENDINGS = (
     "heats some oil.",
     "goes to sleep in the oven.",
@@ -87,15 +87,8 @@ def serving_tasks(rows: list[dict]) -> Iterator[tuple[str, list[str]]]:
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with answering(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
+        yield address, asked
 
 
 def describe(name: str, content: bytes) -> dict:
