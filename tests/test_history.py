@@ -41,7 +41,9 @@ def test_a_line_says_when_how_long_and_of_what(tmp_path: Path, monkeypatch: pyte
 def test_the_dvc_that_started_a_stage_names_the_run(tmp_path: Path) -> None:
     """Two stages of one dvc, behind a shell, are of one run; a stage by itself is a run."""
     (tmp_path / "result").write_text("x")
-    stage = "from encore.history import record_stage; from pathlib import Path; record_stage('train', Path('result'), 0)"
+    stage = (
+        "from encore.history import record_stage; from pathlib import Path; record_stage('train', Path('result'), 0)"
+    )
     (tmp_path / "stage.py").write_text(stage)
     command = f"{sys.executable} stage.py; true"
     script = f"import os, subprocess\nfor _ in range(2): subprocess.run(['/bin/sh', '-c', {command!r}], check=True)\n"
