@@ -42,7 +42,8 @@ def difference(value: Any, first: Any) -> str:
     numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in (value, first))
     if not numbers or value == first:
         return ""
-    return f"{value - first:+,}" if isinstance(value - first, int) else f"{value - first:+,.4g}"
+    more = value - first
+    return f"{more:+,}" if isinstance(more, int) else f"{more:+,.0f}" if abs(more) >= 1e4 else f"{more:+,.4g}"
 
 
 def differing_params(runs: list[Results]) -> list[tuple[str, list[Any]]]:

@@ -76,7 +76,7 @@ def figures(runs: list[Results]) -> list[Figure]:
     found = [
         Figure("Loss against tokens", "nats a token", losses(tokens)),
         Figure("Loss against time", f"nats a token; {clock}", losses(time)),
-        Figure("Learning rate", "", curve("train", "lr", ".2e")),
+        Figure("Learning rate", "of the logged steps", curve("train", "lr", ".2e")),
         Figure("Norm of the gradient", "before clipping", curve("train", "grad_norm", ".3f")),
         Figure("MFU", "model FLOPs utilisation: share of the device's peak", curve("speed", "mfu", ".2%", axis=".0%")),
         Figure("Speed", "tokens a second", curve("speed", "tokens_per_second", ",.0f")),
