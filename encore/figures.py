@@ -102,8 +102,12 @@ def _drawn(chart: alt.Chart, columns: list[str], y: str, form: str) -> dict[str,
     """The curve, and the point nearest to the pointer with its numbers."""
     nearest = alt.selection_point(nearest=True, on="pointerover", clear="pointerout", empty=False)
     formats = {"iter": ",", "tokens": ",", "hours": ".3f", "position": ","}
-    tooltip: list[Any] = [
-        alt.Tooltip(f"{name}:Q", format=formats[name]) if name in formats else f"{name}:N" for name in columns
+    # Names too have a format, which does nothing to them: without one, Vega-Lite does not find them beside `nearest`.
+    tooltip = [
+        alt.Tooltip(f"{name}:Q", format=formats[name])
+        if name in formats
+        else alt.Tooltip(f"{name}:N", format="", formatType="number")
+        for name in columns
     ]
     tooltip.append(alt.Tooltip(f"{y}:Q", format=form))
     shown = alt.condition(nearest, alt.value(1), alt.value(0))

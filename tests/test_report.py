@@ -344,6 +344,13 @@ def test_samples_that_are_nowhere_are_said_to_be(finished: Path, monkeypatch: py
     assert load_results(find_revision("HEAD")).samples is None
 
 
+def nearest_numbers(page: Any) -> dict[str, str]:
+    """What the first figure says of the point nearest to its middle."""
+    page.locator(".plot svg").first.hover()
+    rows = page.locator("#vg-tooltip-element tr").all_inner_texts()
+    return dict(re.split(r"\s+", row.strip(), maxsplit=1) for row in rows)
+
+
 @pytest.mark.parametrize("names", [["workspace"], ["workspace", "longer"]], ids=["one", "two"])
 def test_it_renders_offline_on_any_screen(compared: Path, tmp_path: Path, names: list[str]) -> None:
     path = tmp_path / "report.html"
@@ -363,6 +370,8 @@ def test_it_renders_offline_on_any_screen(compared: Path, tmp_path: Path, names:
             assert page.evaluate("document.documentElement.scrollWidth") == width
             ends = "[...document.querySelectorAll('.plot svg')].map(figure => figure.getBoundingClientRect().right)"
             assert max(page.evaluate(ends)) <= width
+            assert nearest_numbers(page)["iter"] in {"0", "3", "4", "6", "8", "9", "10", "12", "14"}
+            assert nearest_numbers(page)["run"] in names
             background = page.evaluate("getComputedStyle(document.body).backgroundColor")
             label = page.evaluate("document.querySelector('.plot .role-axis-label text').getAttribute('fill')")
             assert (background, label) == {
