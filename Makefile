@@ -33,6 +33,10 @@ FAILED := echo 'encore: pip could not install it (see above); check the network 
 repro: setup
 	@dvc repro
 	@python -m encore.summary
+	@python -m encore.report
+
+report: setup
+	@python -m encore.report $(EXPERIMENTS)
 
 .venv/play: .venv/ready requirements-dev.lock
 	@echo 'Installing the playground; once.'

@@ -6,14 +6,11 @@ and DVC is told of it by `plots.html_template`.
 
 from pathlib import Path
 
-import vl_convert
-
 from encore.errors import run_stage
 from encore.files import write_whole
+from encore.vega import vega_script
 
 TEMPLATE = Path(".dvc/plots_template.html")
-# What the figures call: DVC's scripts expect vega-embed under this name.
-SNIPPET = "window.vegaEmbed = vegaEmbed;"
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -39,9 +36,7 @@ PAGE = """<!DOCTYPE html>
 
 
 def main() -> None:
-    # Inside a page, a script ends at the first closing tag, even one within a string.
-    bundle = vl_convert.javascript_bundle(SNIPPET).replace("</script", r"<\/script")
-    write_whole(TEMPLATE, (PAGE % bundle).encode())
+    write_whole(TEMPLATE, (PAGE % vega_script()).encode())
 
 
 if __name__ == "__main__":

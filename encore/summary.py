@@ -15,6 +15,7 @@ def main() -> None:
     print("\n" + first_sample((METRICS / "samples.md").read_text(encoding="utf-8")))
     print(
         "\nModel: model/    More samples: metrics/samples.md    Log: training.log"
+        '\nAll of it on a page: report.html    Beside other runs: make report EXPERIMENTS="workspace NAME"'
         "\nCurves: dvc plots show    Numbers: dvc metrics show    Again, longer: dvc exp run -S max_iters=2000"
         "\n(dvc is in .venv/bin; `. .venv/bin/activate` puts it on the path)"
     )

@@ -2,8 +2,10 @@
 
 import os
 import sys
+import time
 from importlib.util import find_spec
 
+STARTED = time.time()  # of the stage, before what it imports
 missing = [name for name in ("pyarrow", "pydantic", "safetensors", "tiktoken", "torch") if find_spec(name) is None]
 if sys.version_info < (3, 11) or missing:
     sys.exit(

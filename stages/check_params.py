@@ -9,8 +9,10 @@ from pathlib import Path
 
 from encore.errors import EncoreError, run_stage
 from encore.files import write_whole
+from encore.history import record_stage
 from encore.init_from import find_misfits
 from encore.params import PAGE, check_page, find_warnings, list_problems
+from stages import STARTED
 
 MARKER = Path("data/params_checked")
 
@@ -22,6 +24,7 @@ def main() -> None:
     for warning in find_warnings(params):
         print(f"encore: note: {warning}", file=sys.stderr)
     write_whole(MARKER, b"params.yaml passed the schema of encore/params.py\n")
+    record_stage("check_params", MARKER, STARTED)
 
 
 if __name__ == "__main__":

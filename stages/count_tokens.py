@@ -9,9 +9,11 @@ import numpy as np
 
 from encore.errors import run_stage
 from encore.files import write_json
+from encore.history import record_stage
 from encore.params import load_params
 from encore.recount import SplitCount, recount
 from encore.token_files import read_manifest
+from stages import STARTED
 
 TOKENS = Path("data/tokens")
 METRICS = Path("metrics/tokens.json")
@@ -39,6 +41,7 @@ def main() -> None:
     print(f"train: {train.tokens:,} tokens of {params.token_cap:,} wanted, val: {val.tokens:,}")
     if train.tokens < params.token_cap:
         print(f"encore: note: {explain_shortfall(train, params.token_cap, read_manifest(TOKENS))}")
+    record_stage("count_tokens", METRICS, STARTED)
 
 
 def describe(split: str, count: SplitCount) -> dict[str, int | float]:

@@ -11,12 +11,14 @@ from types import FrameType
 
 from encore.errors import Interrupted, run_stage
 from encore.files import sha256_of, whole_folder, write_json
+from encore.history import record_stage
 from encore.initial_weights import fetch_initial
 from encore.params import load_params
 from encore.scratch import scratch_folder
 from encore.signals import stop_with_parent
 from encore.sources import Wanted, fetch, fetch_gpt2_ranks
 from encore.tasks import fetch_tasks
+from stages import STARTED
 
 INIT = Path("data/init")
 RAW = Path("data/raw")
@@ -65,6 +67,7 @@ def main() -> None:
     documents = sum(file.documents for file in raw.files)
     megabytes = sum(file.bytes for file in raw.files) / 1e6
     print(f"{params.dataset}: {count}, {documents:,} documents, {megabytes:,.1f} MB in {RAW}")
+    record_stage("download", RAW / MANIFEST, STARTED)
 
 
 def stop(number: int, frame: FrameType | None) -> None:

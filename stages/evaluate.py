@@ -14,6 +14,7 @@ from encore.evaluation import SplitLoss, evaluate_split
 from encore.export import load_model
 from encore.files import write_json, write_whole
 from encore.generate import generate
+from encore.history import record_stage
 from encore.launch import run_under_torchrun, torchrun_arguments
 from encore.models.gpt2 import GPT2
 from encore.params import StageParams, load_params
@@ -23,6 +24,7 @@ from encore.signals import stop_with_parent
 from encore.tasks import run_tasks
 from encore.token_files import RANKS_FILE, TokenSplit
 from encore.tokenizer import load_tokenizer
+from stages import STARTED
 
 TOKENS = Path("data/tokens")
 TASKS = Path("data/tasks")
@@ -68,6 +70,7 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
         result["task"] = scores
     write_json(METRICS, result)
     write_whole(SAMPLES, as_markdown(params.start, write_samples(params, model)).encode())
+    record_stage("evaluate", METRICS, STARTED)
 
 
 def summarize(split_loss: SplitLoss, seconds: float) -> dict[str, Any]:

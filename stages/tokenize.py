@@ -10,11 +10,13 @@ from encore.documents import check_raw
 from encore.encode import RULES, count_workers
 from encore.errors import EncoreError, run_stage
 from encore.files import sha256_of, whole_folder, write_json, write_whole
+from encore.history import record_stage
 from encore.params import StageParams, load_params
 from encore.parts import EncodedPart, PartStore, merge
 from encore.progress import Progress
 from encore.scratch import scratch_folder
 from encore.token_files import MANIFEST, RANKS_FILE, Shard, shards_as_json, token_dtype
+from stages import STARTED
 
 RAW = Path("data/raw")
 TOKENS = Path("data/tokens")
@@ -52,6 +54,7 @@ def main() -> None:
     for split, of_split in shards.items():
         tokens, documents = (sum(getattr(shard, what) for shard in of_split) for what in ("tokens", "documents"))
         print(f"{split}: {tokens:,} tokens of {documents:,} documents in {len(of_split)} shards")
+    record_stage("tokenize", TOKENS / MANIFEST, STARTED)
 
 
 def encode(store: PartStore, token_cap: int, workers: int) -> list[EncodedPart]:

@@ -19,8 +19,9 @@ from encore.distributed import ALONE, SHARD, Ranks, joined
 from encore.errors import EncoreError, run_stage
 from encore.export import load_initial, save_model
 from encore.files import read_json, sha256_of, whole_folder, write_json
+from encore.history import record_stage
 from encore.hub_tokenizer import save_hub_tokenizer
-from encore.init_from import SCRATCH
+from encore.init_from import RECORD, SCRATCH
 from encore.launch import run_under_torchrun, torchrun_arguments
 from encore.model_card import write_card
 from encore.models.gpt2 import GPT2, GPT2Config, count_parameters
@@ -33,6 +34,7 @@ from encore.signals import StopRequest, stop_with_parent
 from encore.token_files import RANKS_FILE, TokenSplit, manifest_sha256
 from encore.trainer import Trainer
 from encore.wandb_run import start_wandb
+from stages import STARTED
 
 TOKENS = Path("data/tokens")
 INIT = Path("data/init")
@@ -69,6 +71,7 @@ def train(params: StageParams, ranks: Ranks) -> None:
         model = trainer.whole_model()
         if ranks.is_first:
             write_results(trainer, model)
+            record_stage("train", MODEL / RECORD, STARTED)
 
 
 def hash_inputs(params: StageParams) -> dict[str, str | None]:

@@ -7,7 +7,7 @@ import pytest
 import vl_convert
 from dvc_render.html import HTML
 
-from encore import plots_page
+from encore import plots_page, vega
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_the_bundle_is_whole_and_ends_where_its_tag_ends(page: str) -> None:
     """A closing tag within the script would end it: the browser looks for nothing else."""
     assert page.count("</script") == 1
     _, script, _ = split_page(page)
-    bundle = vl_convert.javascript_bundle(plots_page.SNIPPET)
+    bundle = vl_convert.javascript_bundle(vega.SNIPPET)
     assert len(bundle) > 500_000
     assert script.replace(r"<\/script", "</script") == bundle.replace(r"<\/script", "</script")
 
