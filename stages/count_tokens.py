@@ -33,7 +33,6 @@ def main() -> None:
             "val_bytes_per_token": val.text_bytes / val.tokens,
             "vocab_used": int(used.sum()) / len(used),
             "largest_id": int(np.flatnonzero(used)[-1]),
-            "token_cap": params.token_cap,
             "cap_reached": train.tokens >= params.token_cap,
             "cap_coverage": train.tokens / params.token_cap,
         },
