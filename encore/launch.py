@@ -67,6 +67,8 @@ def run_under_torchrun(arguments: list[str], module: str) -> None:
             os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         # A failure is told below, unless a restart follows it.
         logging.disable(logging.WARNING if parsed.max_restarts else logging.ERROR)
+        # Nor who left first, where all have ended well and one machine's goodbye misses the other's store.
+        logging.getLogger("torch.distributed.elastic.agent.server.api").addFilter(_is_no_goodbye)
         run(parsed)
     except SignalException as stop:
         raise Interrupted(stop.sigval, STOPPED) from None
@@ -95,6 +97,10 @@ def _parse(arguments: list[str], module: str) -> Namespace:
     if parsed.training_script != module:
         raise ValueError(f"{parsed.training_script} is no option")
     return parsed
+
+
+def _is_no_goodbye(record: logging.LogRecord) -> bool:
+    return "exit barrier" not in record.getMessage()
 
 
 def _refused(arguments: str, error: Exception) -> EncoreError:

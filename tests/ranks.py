@@ -63,6 +63,7 @@ def write_run(folder: Path, tokens: Path, **changes: Any) -> Path:
 def write_walk(folder: Path, seed: int = 0) -> Path:
     """A folder of tokens that can be learned a little, as tests/conftest.py's."""
     walk = np.cumsum(np.random.default_rng(seed).integers(0, 4, 5700)) % 299
+    walk[[4999, 5699]] = 299  # end-of-text
     write_tokens(folder, walk[:5000], walk[5000:], vocab_size=300)
     return folder
 

@@ -31,7 +31,8 @@ stages:
   download:
     cmd: python -m stages.download
     params:
-      [dataset, dataset_revision, text_column, shard_order, tokenizer, token_cap, val_fraction, split_seed, init_from]
+      [dataset, dataset_revision, text_column, shard_order, tokenizer, token_cap, val_fraction, split_seed, init_from,
+       evaluate_tasks]
 """
 # The stage, without time to wait, and with ranks from loopback.
 STAGE = """

@@ -58,12 +58,15 @@ def read_owner(repository: Path) -> str:
 
 def results(repository: Path) -> dict:
     """What must be the same however often the run was stopped."""
-    metrics = json.loads((repository / "metrics/metrics.json").read_text())
+    metrics, evaluation = (
+        json.loads((repository / f"metrics/{name}.json").read_text()) for name in ("metrics", "eval")
+    )
     return {
         "weights": (repository / "model/model.safetensors").read_bytes(),
         "record": (repository / "model/encore.json").read_text(),
         "metrics": {key: value for key, value in metrics.items() if key not in CLOCKS},
-        "evaluation": (repository / "metrics/eval.json").read_text(),
+        "evaluation": {key: value for key, value in evaluation["eval"].items() if key not in CLOCKS},
+        "by position": (repository / "metrics/position.tsv").read_text(),
         "samples": (repository / "metrics/samples.md").read_text(),
         "train curve": (repository / "metrics/train.tsv").read_text(),
         "eval curve": (repository / "metrics/eval.tsv").read_text(),
