@@ -24,7 +24,7 @@ CSS = """
 .token:hover { outline: 1px solid currentcolor; }
 .newline::before { content: "↵"; opacity: 0.4; }
 .swatch { padding: 0 0.4em; white-space: nowrap; }
-.legend { padding: 0 !important; }
+.legend .html-container { padding: 0 !important; }
 .tip { position: fixed; z-index: 1000; pointer-events: none; padding: 0.4rem 0.6rem; border-radius: 6px; }
 .tip { font: 13px/1.5 var(--font-mono); white-space: pre; color: var(--body-text-color); }
 .tip { background: var(--background-fill-primary); border: 1px solid var(--border-color-primary); }
@@ -135,7 +135,7 @@ def token_span(text: str, choices: list[Choice]) -> str:
 
 def surprise(probability: float) -> float:
     """The strength of the tint, from 0 to 1."""
-    return min(-math.log2(max(probability, 2**-STRONGEST_BITS)) / STRONGEST_BITS, 1.0)
+    return math.log2(1 / max(probability, 2**-STRONGEST_BITS)) / STRONGEST_BITS
 
 
 def legend() -> str:
