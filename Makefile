@@ -43,6 +43,9 @@ report: setup
 	@$(PIP) -c requirements.lock -c requirements-dev.lock gradio || { $(FAILED); }
 	@touch $@
 
+play: .venv/play
+	@python -m encore.play
+
 .venv/dev: .venv/ready requirements-dev.lock
 	@echo 'Installing requirements-dev.lock; once.'
 	@$(PIP) -r requirements-dev.lock || { $(FAILED); }

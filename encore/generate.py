@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import tiktoken
 import torch
 from torch.nn import functional as F
 
@@ -22,8 +23,9 @@ from encore.models.gpt2 import GPT2, Cache
 from encore.token_files import RANKS_FILE
 from encore.tokenizer import load_tokenizer
 
+LARGEST_SEED = 2**64 - 1  # of torch
 
-@torch.no_grad()
+
 def generate(
     model: GPT2,
     prompt: list[int],
@@ -35,7 +37,24 @@ def generate(
     generator: torch.Generator,
 ) -> Iterator[int]:
     """The ids that continue a prompt of at least one id: up to `max_new_tokens`, or to the end-of-text token, which is
-    not among them. A temperature of 0 takes the likeliest token.
+    not among them. A temperature of 0 takes the likeliest token."""
+    scored = generate_with_scores(model, prompt, max_new_tokens, temperature, top_k, top_p, end_of_text, generator)
+    return (token for token, _ in scored)
+
+
+@torch.no_grad()
+def generate_with_scores(
+    model: GPT2,
+    prompt: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    end_of_text: int,
+    generator: torch.Generator,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """As `generate`, and with each id the model's scores of all ids in its place, (V,) float32 on the CPU, from which
+    it was drawn: temperature, top-k and top-p have not touched them.
 
     The model sees at most the last block_size ids. Up to there a token costs one token's work, since keys and values of
     the earlier ones are kept; beyond, positions move, and each token costs the whole context's.
@@ -50,7 +69,7 @@ def generate(
         token = sample(scores, temperature, top_k, top_p, generator)
         if token == end_of_text:
             return
-        yield token
+        yield token, scores
         ids = [*ids, token][-block_size:]
         if cache and cache.length < block_size:
             new = [token]
@@ -72,18 +91,33 @@ def sample(
     return int(ids[torch.multinomial(shares, 1, generator=generator)])
 
 
+def open_model(folder: Path) -> tuple[GPT2, tiktoken.Encoding]:
+    """The model of a folder, on the best device that there is, and its tokenizer. Raises EncoreError where a part is
+    missing or damaged."""
+    if not folder.is_dir():
+        raise EncoreError(f"there is no folder {folder}; `dvc repro train` makes model, --model names another")
+    return load_model(folder).to(find_device()), load_tokenizer(folder / RANKS_FILE)
+
+
+def encode_prompt(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
+    """The ids of a prompt. An empty one begins where every document begins: behind an end-of-text token."""
+    return tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
+
+
+def note_of_cut(prompt: list[int], block_size: int) -> str | None:
+    """What to tell the user where the model will not see the whole prompt."""
+    if len(prompt) <= block_size:
+        return None
+    return f"the prompt has {len(prompt):,} tokens; the model sees the last {block_size:,}"
+
+
 def main() -> None:
     arguments = parse_arguments()
-    model = load_model(arguments.model).to(find_device())
-    tokenizer = load_tokenizer(arguments.model / RANKS_FILE)
+    model, tokenizer = open_model(arguments.model)
     text = sys.stdin.read() if arguments.prompt is None else arguments.prompt
-    # An empty prompt begins where every document begins: behind an end-of-text token.
-    prompt = tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
-    if len(prompt) > model.config.block_size:
-        print(
-            f"encore: note: the prompt has {len(prompt):,} tokens; the model sees the last {model.config.block_size:,}",
-            file=sys.stderr,
-        )
+    prompt = encode_prompt(tokenizer, text)
+    if note := note_of_cut(prompt, model.config.block_size):
+        print(f"encore: note: {note}", file=sys.stderr)
     generator = torch.Generator().manual_seed(arguments.seed)
     for number in range(arguments.num_samples):
         if number:
@@ -122,10 +156,10 @@ def parse_arguments() -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and not value >= minimum:
             parser.error(f"--{name.replace('_', '-')}: {value} will not do; from {minimum} on")
+    if arguments.seed > LARGEST_SEED:
+        parser.error(f"--seed: {arguments.seed} will not do; up to {LARGEST_SEED}")
     if not 0 < arguments.top_p <= 1:
         parser.error(f"--top-p: {arguments.top_p} will not do; above 0 and up to 1")
-    if not arguments.model.is_dir():
-        raise EncoreError(f"there is no folder {arguments.model}; `dvc repro train` makes model, --model names another")
     return arguments
 
 

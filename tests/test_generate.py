@@ -1,5 +1,6 @@
 """Sampling against loops written out, with models whose next token is known."""
 
+import codecs
 import io
 import sys
 
@@ -8,12 +9,11 @@ import torch
 
 from encore import generate as command
 from encore.errors import EncoreError
-from encore.export import save_model
-from encore.generate import generate, sample
+from encore.generate import generate, generate_with_scores, sample
 from encore.models.gpt2 import GPT2, Cache, GPT2Config
-from encore.ranks import write_ranks
 from encore.token_files import RANKS_FILE
 from encore.tokenizer import load_tokenizer
+from tests.small_models import save_small_model
 
 END = 69
 CONFIG = GPT2Config(vocab_size=70, block_size=8, n_layer=2, n_head=2, n_embd=16, bias=True)
@@ -64,6 +64,27 @@ def test_greedy_text_is_the_argmax_loop_even_behind_a_prompt_longer_than_the_blo
     expected = argmax_loop(model, prompt, 12)
     assert len(set(expected)) > 1
     assert run(model, prompt, temperature=0, end=-1) == expected
+
+
+def test_sampled_text_is_that_of_a_loop_without_a_cache(model):
+    generator, ids = torch.Generator().manual_seed(3), [5, 6]
+    for _ in range(12):
+        with torch.no_grad():
+            scores = model.logits(torch.tensor([ids[-8:]]))[0, -1]
+        ids.append(sample(scores, 2.0, 40, 0.9, generator))
+    assert len(set(ids)) > 6
+    assert run(model, [5, 6], temperature=2.0, top_k=40, top_p=0.9, seed=3, end=-1) == ids[2:]
+
+
+def test_the_scores_are_the_model_s_whatever_the_sampling(model):
+    ids = [5, 6]
+    generator = torch.Generator().manual_seed(3)
+    for token, scores in generate_with_scores(model, [5, 6], 12, 0.3, 2, 0.5, -1, generator):
+        with torch.no_grad():
+            expected = model.logits(torch.tensor([ids[-8:]]))[0, -1]
+        assert torch.allclose(scores, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        ids.append(token)
+    assert len(ids) == 14
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -156,13 +177,8 @@ def test_samples_have_the_probabilities_of_the_scores(top_k, temperature, top_p,
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A random model of 300 ids, which are bytes and pieces of a character."""
     monkeypatch.setenv("ENCORE_DEVICE", "cpu")
-    torch.manual_seed(0)
-    model = GPT2(GPT2Config(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32, bias=False))
-    ranks = {bytes([byte]): byte for byte in range(256)} | {b"%03d?" % number: 256 + number for number in range(43)}
-    save_model(tmp_path, model, write_ranks(ranks), {})
-    return tmp_path
+    return save_small_model(tmp_path)
 
 
 def call(monkeypatch, capsys, folder, *arguments, stdin=""):
@@ -183,6 +199,32 @@ def test_the_command_prints_prompt_and_text(monkeypatch, capsys, folder):
     assert two.startswith(printed.out + "\n" + "-" * 80 + "\nab")
 
 
+def test_the_command_shows_each_token_before_it_computes_the_next(monkeypatch, folder):
+    events = []
+
+    class Screen(io.StringIO):
+        def flush(self):
+            events.append(self.getvalue())
+
+    def open_model(path):
+        model, tokenizer = command.load_model(path), load_tokenizer(path / RANKS_FILE)
+        compute = model.logits
+        model.logits = lambda *how: (events.append("computes"), compute(*how))[1]
+        return model, tokenizer
+
+    monkeypatch.setattr(command, "open_model", open_model)
+    monkeypatch.setattr(sys, "argv", ["generate", "--model", str(folder), "--prompt", "ab", "--max-new-tokens", "5"])
+    monkeypatch.setattr(sys, "stdout", Screen())
+    command.main()
+    assert events[1::2] == ["computes"] * 5
+    shown = events[::2]
+    ids = run(command.load_model(folder), [97, 98], tokens=5, temperature=0.8, seed=1337, end=299)
+    data = [load_tokenizer(folder / RANKS_FILE).decode_bytes(ids[:count]) for count in range(6)]
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in data]
+    assert shown == ["ab" + decoder.decode(each) for decoder, each in zip(decoders, data, strict=True)]
+    assert len(set(shown)) > 3
+
+
 def test_a_long_prompt_is_cut_with_a_note(monkeypatch, capsys, folder):
     text = "abcdefghij" * 3
     out, error = call(monkeypatch, capsys, folder, "--prompt", text, "--temperature", "0", "--max-new-tokens", "5")
@@ -198,6 +240,7 @@ def test_a_long_prompt_is_cut_with_a_note(monkeypatch, capsys, folder):
         (["--top-k", "0"], "--top-k: 0 will not do; from 1 on"),
         (["--temperature", "nan"], "--temperature: nan will not do; from 0 on"),
         (["--max-new-tokens", "0"], "--max-new-tokens: 0 will not do; from 1 on"),
+        (["--seed", "18446744073709551616"], "--seed: 18446744073709551616 will not do; up to 18446744073709551615"),
     ],
 )
 def test_wrong_arguments_are_told(monkeypatch, capsys, folder, arguments, said):
