@@ -55,4 +55,4 @@ test: .venv/dev
 	ruff check .
 	ruff format --check .
 	mypy
-	pytest
+	pytest -n auto --dist loadfile

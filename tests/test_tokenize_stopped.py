@@ -97,6 +97,7 @@ def count(event, arguments):
         if changes == int(sys.argv[1]):
             os.kill(os.getpid(), signal.SIGKILL)
 
+tokenize.record_stage = lambda *arguments: None  # comes when all results are there
 sys.addaudithook(count)
 tokenize.main()
 print(changes)
