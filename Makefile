@@ -55,4 +55,4 @@ test: .venv/dev
 	ruff check .
 	ruff format --check .
 	mypy
-	pytest -n auto --dist loadfile
+	pytest -n logical --dist loadfile
