@@ -97,6 +97,7 @@ def prepare(folder: Path, files: list[Path]) -> None:
     manifest = {
         "dataset": f"files:{files[0].parent}/*.parquet",
         "dataset_revision": "0" * 64,
+        "licence": None,
         "files": listed,
         "tokenizer": tokenizer,
         "whole_source": True,

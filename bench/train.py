@@ -69,6 +69,7 @@ def write_tokens(folder: Path, vocab_size: int) -> None:
     manifest = {
         "dataset": "files:made-up",
         "dataset_revision": "0" * 64,
+        "licence": None,
         "tokenizer": "bpe",
         "dtype": "uint16",
         "vocab_size": vocab_size,

@@ -37,6 +37,13 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def write_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Tab-separated values under a header; floats in the shortest form that reads back as the same bits, None as an
+    empty cell."""
+    cells = [["" if value is None else repr(value) for value in row.values()] for row in rows]
+    write_whole(path, "".join("\t".join(line) + "\n" for line in [list(rows[0]), *cells]).encode())
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file. Raises EncoreError where it is missing or is not JSON."""
     try:

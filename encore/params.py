@@ -54,6 +54,12 @@ def _source(value: str) -> str:
     return value
 
 
+def _task(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.+:-]+", value):
+        raise ValueError("a task is a name of lm-eval's, as in [hellaswag, lambada_openai]")
+    return value
+
+
 Integer = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Integer, Field(ge=1)]
@@ -110,7 +116,7 @@ class Params(BaseModel):
     max_new_tokens: Positive
     temperature: Annotated[Real, Field(ge=0)]
     top_k: Positive | None
-    evaluate_tasks: list[Annotated[str, Field(strict=True, pattern=r"^[\w.+:-]+$")]]
+    evaluate_tasks: list[Annotated[Text, BeforeValidator(_task)]]
 
 
 class StageParams:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from encore.files import write_whole
+from encore.files import write_tsv, write_whole
 from encore.progress import print_line
 from encore.wandb_run import WandbRun
 
@@ -96,7 +96,7 @@ class Records:
         """Writes the curves as they are now: train.tsv, eval.tsv and speed.tsv."""
         for name, rows in vars(self.rows).items():
             if rows and self._writes:
-                write_whole(self._metrics_folder / f"{name}.tsv", as_tsv(thin(rows)).encode())
+                write_tsv(self._metrics_folder / f"{name}.tsv", thin(rows))
 
 
 def thin(rows: list[dict[str, Any]], most: int = MOST_ROWS) -> list[dict[str, Any]]:
@@ -106,15 +106,6 @@ def thin(rows: list[dict[str, Any]], most: int = MOST_ROWS) -> list[dict[str, An
         stride *= 2
     kept = rows[::stride]
     return kept if not rows or kept[-1] is rows[-1] else [*kept, rows[-1]]
-
-
-def as_tsv(rows: list[dict[str, Any]]) -> str:
-    """Tab-separated values under a header; floats in the shortest form that reads back as the same bits."""
-    lines = [
-        "\t".join(rows[0]),
-        *("\t".join("" if value is None else repr(value) for value in row.values()) for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

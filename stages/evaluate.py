@@ -12,14 +12,13 @@ from encore.distributed import Ranks, joined
 from encore.errors import run_stage
 from encore.evaluation import SplitLoss, evaluate_split
 from encore.export import load_model
-from encore.files import write_json, write_whole
+from encore.files import write_json, write_tsv, write_whole
 from encore.generate import generate
 from encore.history import record_stage
 from encore.launch import run_under_torchrun, torchrun_arguments
 from encore.models.gpt2 import GPT2
 from encore.params import StageParams, load_params
 from encore.progress import Progress
-from encore.records import as_tsv
 from encore.signals import stop_with_parent
 from encore.tasks import run_tasks
 from encore.token_files import RANKS_FILE, TokenSplit
@@ -65,7 +64,7 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
     loss, error = result["eval"]["loss"], result["eval"]["loss_standard_error"]
     print(f"val loss {loss:.4f} ± {error:.4f} over {result['eval']['tokens']:,} tokens")
     rows = enumerate(split_loss.loss_by_position, start=1)
-    write_whole(BY_POSITION, as_tsv([{"position": position, "loss": loss} for position, loss in rows]).encode())
+    write_tsv(BY_POSITION, [{"position": position, "loss": loss} for position, loss in rows])
     if scores := run_tasks(params.evaluate_tasks, TASKS, MODEL):
         result["task"] = scores
     write_json(METRICS, result)

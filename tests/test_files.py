@@ -3,12 +3,15 @@
 import hashlib
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
 
 from encore.errors import EncoreError
-from encore.files import link_or_copy, read_json, sha256_of, whole_folder, write_json, write_whole
+from encore.files import link_or_copy, read_json, sha256_of, whole_folder, write_json, write_tsv, write_whole
+
+AWKWARD = [0.1 + 0.2, 1 / 3, 6e-05, 1e-320, 1.7976931348623157e308, 5e-324, 2**53 + 1.0, -0.0]
 
 
 def refuse(*_: object) -> None:
@@ -148,3 +151,18 @@ def test_a_link_takes_no_room_and_a_copy_where_there_are_none(tmp_path: Path, mo
     assert source.stat().st_ino != (tmp_path / "copy").stat().st_ino
     assert (tmp_path / "copy").read_bytes() == b"data"
     assert names_in(tmp_path) == ["copy", "link", "source"]
+
+
+def test_floats_read_back_as_the_same_bits(tmp_path: Path) -> None:
+    rows = [{"iter": i, "loss": value} for i, value in enumerate(AWKWARD)]
+    write_tsv(tmp_path / "a.tsv", rows)
+    header, *lines = (tmp_path / "a.tsv").read_text().removesuffix("\n").split("\n")
+    assert header == "iter\tloss"
+    read = [line.split("\t") for line in lines]
+    assert [int(i) for i, _ in read] == list(range(len(AWKWARD)))
+    assert [struct.pack("d", float(value)) for _, value in read] == [struct.pack("d", value) for value in AWKWARD]
+
+
+def test_a_value_that_is_missing_is_an_empty_cell(tmp_path: Path) -> None:
+    write_tsv(tmp_path / "a.tsv", [{"iter": 1, "grad_norm": None, "lr": 0.5}])
+    assert (tmp_path / "a.tsv").read_text() == "iter\tgrad_norm\tlr\n1\t\t0.5\n"

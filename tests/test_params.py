@@ -70,6 +70,12 @@ def problems_with(**changes: Any) -> list[str]:
         ({"compile": "yes"}, "compile: 'yes' will not do; it should be 'auto', True or False"),
         ({"dtype": "fp16"}, "dtype: 'fp16' will not do; it should be 'auto', 'float32', 'bfloat16' or 'float16'"),
         ({"tokenizer": "bert"}, "tokenizer: 'bert' will not do; it should be 'bpe' or 'gpt2'"),
+        (
+            {"evaluate_tasks": ["hella swag"]},
+            "evaluate_tasks: ['hella swag'] will not do; a task is a name of lm-eval's, "
+            "as in [hellaswag, lambada_openai]",
+        ),
+        ({"evaluate_tasks": "hellaswag"}, "evaluate_tasks: 'hellaswag' will not do; it should be a valid list"),
         ({"architecture": "llama"}, "architecture: 'llama' will not do; it should be 'gpt2'"),
         *(
             (
