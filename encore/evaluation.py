@@ -62,13 +62,13 @@ class SplitLoss:
         return float(self.nats.sum() / self.tokens.sum())
 
     @property
-    def standard_error(self) -> float:
+    def standard_error(self) -> float | None:
         """Of `loss`, for other documents drawn from where these come from: that of a ratio of sums over documents of
         unequal length (Cochran 1977, Sampling Techniques, equation 2.46). Tokens of a document are alike, so counting
-        each token as a draw would promise too much. 0 where there is one document, which tells nothing."""
+        each token as a draw would promise too much. None where there is one document, which cannot tell."""
         documents = len(self.tokens)
         if documents < 2:
-            return 0.0
+            return None
         residuals = self.nats - self.loss * self.tokens
         return float(math.sqrt(documents / (documents - 1) * (residuals**2).sum()) / self.tokens.sum())
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def fetch_tasks(names: list[str], folder: Path) -> None:
             _run(["fetch", str(folder), *names], HF_DATASETS_CACHE=str(folder.resolve()), HF_HUB_CACHE=downloads)
         for path in [*folder.rglob("*.lock"), *folder.rglob("cache-*.arrow")]:  # of the process that is done
             path.unlink()
-    write_json(folder / MANIFEST, {"tasks": names})
+    # A task is what its version of lm-eval makes of it.
+    write_json(folder / MANIFEST, {"tasks": names, "lm_eval": version("lm_eval") if names else None})
 
 
 def run_tasks(names: list[str], folder: Path, model: Path) -> dict[str, dict[str, float]]:

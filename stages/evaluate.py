@@ -61,8 +61,9 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
         return
 
     result = {"eval": summarize(split_loss, seconds)}
-    loss, error = result["eval"]["loss"], result["eval"]["loss_standard_error"]
-    print(f"val loss {loss:.4f} ± {error:.4f} over {result['eval']['tokens']:,} tokens")
+    error = split_loss.standard_error
+    precision = "" if error is None else f" ± {error:.4f}"
+    print(f"val loss {split_loss.loss:.4f}{precision} over {result['eval']['tokens']:,} tokens")
     rows = enumerate(split_loss.loss_by_position, start=1)
     write_tsv(BY_POSITION, [{"position": position, "loss": loss} for position, loss in rows])
     if scores := run_tasks(params.evaluate_tasks, TASKS, MODEL):

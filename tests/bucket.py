@@ -12,6 +12,8 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.test import Client
 
+from tests.hub import answering
+
 NAME = "team"
 # Made anew each time: in a file of the repository, they would be found there.
 USER, SECRET = f"AKIA{secrets.token_hex(8).upper()}", secrets.token_hex(20)
@@ -62,11 +64,5 @@ def serving(bucket: Bucket) -> Iterator[str]:
     """The address at which the bucket is served meanwhile."""
     server = make_server("127.0.0.1", 0, bucket, threaded=True, request_handler=Quiet)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with answering(server) as address:
+        yield address

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
@@ -133,7 +133,7 @@ def serving(files: dict[str, bytes]) -> Iterator[Hub]:
 
 
 @contextmanager
-def answering(server: ThreadingHTTPServer) -> Iterator[str]:
+def answering(server: HTTPServer) -> Iterator[str]:
     """Its address, at which a thread answers until the block ends."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -15,6 +14,7 @@ from ruamel.yaml import YAML
 from encore.scratch import scratch_folder
 from tests.bucket import NAME, SECRET, USER, Bucket, serving
 from tests.conftest import ROOT, pipeline_environment, run_dvc
+from tests.hub import answering
 from tests.ranks import find_port
 from tests.test_pipeline import data_hashes, stages_run
 
@@ -134,12 +134,8 @@ class Answer(BaseHTTPRequestHandler):
 @pytest.fixture
 def metadata() -> Iterator[Metadata]:
     server = Metadata(("127.0.0.1", 0), Answer)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with answering(server):
+        yield server
 
 
 def until_told(port: int, *command: str) -> subprocess.Popen:

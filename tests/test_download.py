@@ -97,7 +97,7 @@ def test_files_and_manifest(repository: Path, capsys: pytest.CaptureFixture[str]
     assert [path.name for path in Path("data/init").iterdir()] == ["manifest.json"]
     assert json.loads(Path("data/init/manifest.json").read_bytes()) == {"init_from": "scratch", "files": {}}
     assert {path.name: path.read_text() for path in Path("data/tasks").iterdir()} == {
-        "manifest.json": '{\n  "tasks": []\n}\n'
+        "manifest.json": '{\n  "tasks": [],\n  "lm_eval": null\n}\n'
     }
 
 

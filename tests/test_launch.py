@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from encore import runs
 from encore.errors import EncoreError, Interrupted
-from encore.launch import run_under_torchrun, torchrun_arguments
+from encore.launch import _is_no_goodbye, run_under_torchrun, torchrun_arguments
 from encore.params import load_params
 from encore.token_files import manifest_sha256
 from tests.conftest import TINY, copy_repository, run_dvc, write_page
@@ -110,6 +110,15 @@ def test_an_open_quote_is_told(monkeypatch):
         'ENCORE_TORCHRUN="--nproc-per-node=\'2" is not what torchrun takes (No closing quotation); see '
         "`torchrun --help`"
     )
+
+
+def test_torchruns_missed_goodbye_is_not_told():
+    logger = logging.getLogger("torch.distributed.elastic.agent.server.api")
+    records = [
+        logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), None)
+        for text in ("Error waiting on exit barrier. Elapsed: 0.01 seconds", "failed (exitcode: 1) local_rank: 0")
+    ]
+    assert [_is_no_goodbye(record) for record in records] == [False, True]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from encore.ranks import read_ranks
 from encore.tasks import fetch_tasks, run_tasks
 from encore.token_files import RANKS_FILE
 from encore.tokenizer import load_tokenizer
+from tests.conftest import run_dvc
 from tests.task_hub import make_rows, serving_tasks
+from tests.test_pipeline import stages_run
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
@@ -64,6 +67,8 @@ def test_hellaswag_is_fetched_once_and_evaluated_without_a_network(tmp_path, mod
         assert any(path.endswith("data/validation-00000-of-00001.parquet") for path in asked)
     kept = {path.relative_to(data): path.read_bytes() for path in data.rglob("*") if path.is_file()}
     assert {path.suffix for path in kept} == {".arrow", ".json"}
+    manifest = json.loads((data / "manifest.json").read_text())
+    assert manifest == {"tasks": ["hellaswag"], "lm_eval": metadata.version("lm_eval")}
 
     result = run_tasks(["hellaswag"], data, folder)  # nobody listens at that address any more
     acc, acc_norm = share_right(model, load_tokenizer(folder / RANKS_FILE), rows)
@@ -78,7 +83,7 @@ def test_hellaswag_is_fetched_once_and_evaluated_without_a_network(tmp_path, mod
 def test_no_tasks_need_no_lm_eval(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     fetch_tasks([], tmp_path)
-    assert json.loads((tmp_path / "manifest.json").read_text()) == {"tasks": []}
+    assert json.loads((tmp_path / "manifest.json").read_text()) == {"tasks": [], "lm_eval": None}
 
 
 def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch):
@@ -102,3 +107,14 @@ def test_data_of_other_tasks_is_not_taken(tmp_path):
     with pytest.raises(EncoreError, match="lacks the data of hellaswag; `dvc repro download` brings it"):
         run_tasks(["hellaswag"], tmp_path, Path("model"))
     shutil.rmtree(tmp_path)
+
+
+def test_a_task_is_a_parameter_of_the_pipeline(finished):
+    """Asked for, it is fetched and evaluated; nothing is tokenized or trained again."""
+    run_dvc(finished, "exp", "run", "-S", "block_size=64")  # a longer context, into which a row fits
+    with serving_tasks(make_rows(4)) as (address, _):
+        output = run_dvc(finished, "exp", "run", "-S", "evaluate_tasks=[hellaswag]", HF_ENDPOINT=address)
+    assert stages_run(output) == ["check_params", "download", "evaluate"]
+    shown = json.loads((finished / "metrics/eval.json").read_text())["task"]["hellaswag"]
+    assert shown["acc"] in (0, 0.25, 0.5, 0.75, 1)
+    assert run_dvc(finished, "status").strip() == "Data and pipelines are up to date."
