@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,17 @@ def fetch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     target = tmp_path / "raw"
     target.mkdir()
     return target
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile as it writes nothing outside the test's folder."""
+    from torch._inductor import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    # Headers would go elsewhere. monkeypatch would leave torch's config without the attribute.
+    with config.patch(cpp_cache_precompile_headers=False):
+        yield
 
 
 def copy_repository(target: Path) -> Path:

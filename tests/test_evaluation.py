@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from torch._inductor import config as inductor_config
 from torch.nn import functional as F
 
 from encore.batches import Windows
@@ -86,10 +85,8 @@ class Mute(Ranks):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
-def test_a_compiled_evaluation_is_the_plain_one(windows, tmp_path, monkeypatch):
+def test_a_compiled_evaluation_is_the_plain_one(windows, compiler):
     """Three windows and no rest, which would be another shape to compile."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    monkeypatch.setattr(inductor_config, "cpp_cache_precompile_headers", False)  # they would go elsewhere
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=300, block_size=233, n_layer=1, n_head=2, n_embd=32, bias=False))
     long_windows = Windows(windows.split, 233, "val")

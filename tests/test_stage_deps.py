@@ -115,6 +115,13 @@ def test_initial_weights_are_needed_unless_training_starts_from_scratch(finished
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_no_shell_hides_the_death_of_dvc():
+    """A stage that asks to be told when its parent dies must have dvc for a parent."""
+    for stage, entry in STAGES.items():
+        told = "stop_with_parent()" in (ROOT / "stages" / f"{stage}.py").read_text()
+        assert entry["cmd"] == ("exec " if told else "") + f"python -m stages.{stage}"
+
+
 def test_package_files_hold_only_docstrings():
     for name in EMPTY:
         assert re.fullmatch(r'"""[^"]*"""\n', (ROOT / name).read_text())

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from torch._inductor import config as inductor_config
 from torch.nn import functional as F
 
 from encore.errors import EncoreError
@@ -138,9 +137,7 @@ def test_sixteen_bits_learn_like_float32_with_weights_in_float32(make_trainer, d
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
-def test_compiled_training_agrees_with_the_plain_one(make_trainer, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    monkeypatch.setattr(inductor_config, "cpp_cache_precompile_headers", False)  # they would go elsewhere
+def test_compiled_training_agrees_with_the_plain_one(make_trainer, compiler):
     sizes = {"n_layer": 1, "max_iters": 10, "gradient_accumulation_steps": 1, "block_size": 8}
     plain = run(make_trainer("plain", **sizes))
     trainer = make_trainer("compiled", compile=True, **sizes)
