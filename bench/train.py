@@ -26,7 +26,7 @@ from encore.checkpoint import Saver
 from encore.device import autocast
 from encore.files import sha256_of, write_json, write_whole
 from encore.flops import flops_per_token, synchronize
-from encore.models.gpt2 import GPT2
+from encore.models.architectures import make_model
 from encore.optim import make_adamw
 from encore.params import StageParams
 from encore.ranks import write_ranks
@@ -127,7 +127,7 @@ def run_bare(trainer: Trainer, steps: int) -> list[float]:
     """Seconds of each step of a loop without a pipeline, from weights of its own."""
     params, device, dtype = trainer.params, trainer.device, trainer.dtype
     torch.manual_seed(params.seed)
-    model = GPT2(trainer.model.config).to(device)
+    model = make_model(trainer.model.config).to(device)
     forward = torch.compile(model) if trainer.hardware.compiles else model
     optimizer = make_adamw(model, params.learning_rate, (params.beta1, params.beta2), params.weight_decay)
     batches = [trainer.train.batch(trainer.my_windows(step)) for step in range(steps)]

@@ -33,6 +33,7 @@ from encore.tensor_files import save_tensors
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 OTHER_CODE = "ENCORE_RESUME_OTHER_CODE"
 Tensors = dict[str, torch.Tensor]
+Optimizers = list[torch.optim.Optimizer]
 
 
 class Saver:
@@ -47,13 +48,13 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, iteration: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    def save(self, iteration: int, model: nn.Module, optimizers: Optimizers, state: dict[str, Any]) -> None:
         """Begins to write the checkpoint of `iteration`. state: anything that JSON holds.
 
         All ranks must come, the first one writes. Raises what writing the one before has raised.
         """
         self.finish()
-        tensors = (_copies(model.state_dict(), self.ranks), _copies(_optimizer_tensors(model, optimizer), self.ranks))
+        tensors = (_copies(model.state_dict(), self.ranks), _copies(_optimizer_tensors(model, optimizers), self.ranks))
         if not self.ranks.is_first:
             return
         # JSON at once: the state's lists grow while the thread writes.
@@ -128,8 +129,8 @@ def find_newest(folder: Path, max_iters: int) -> Checkpoint | None:
     return None
 
 
-def restore(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE) -> None:
-    """Puts the weights and moments of rank 0's checkpoint into `model` and `optimizer` on every rank, on its device.
+def restore(path: Path | None, model: nn.Module, optimizers: Optimizers, ranks: Ranks = ALONE) -> None:
+    """Puts the weights and moments of rank 0's checkpoint into `model` and `optimizers` on every rank, on its device.
 
     path: None on the other ranks. Raises EncoreError where other code has made other tensors.
     """
@@ -143,7 +144,7 @@ def restore(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimize
         layout = (list(parameter.shape), "float32")
         with torch.no_grad():
             parameter.copy_(ranks.spread(weights.get(name), layout, parameter))
-        optimizer.state[parameter] = {
+        _owner(parameter, optimizers).state[parameter] = {
             key.removeprefix(f"{name}/"): ranks.spread(moments.get(key), layout, parameter)
             for key, layout in layouts.items()
             if key.startswith(f"{name}/")
@@ -160,12 +161,22 @@ def _iteration(path: Path) -> int:
     return int(path.name.removeprefix("iter-"))
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> Tensors:
     return {
         f"{name}/{key}": tensor
         for name, parameter in model.named_parameters()
-        for key, tensor in optimizer.state[parameter].items()
+        for key, tensor in _owner(parameter, optimizers).state[parameter].items()
     }
+
+
+def _owner(parameter: nn.Parameter, optimizers: Optimizers) -> torch.optim.Optimizer:
+    """The one of the optimizers that steps this parameter."""
+    return next(
+        optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if any(each is parameter for each in group["params"])
+    )
 
 
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:

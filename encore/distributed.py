@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from encore.errors import EncoreError
-from encore.models.gpt2 import GPT2
+from encore.models.architectures import Model
 
 # How long a rank waits for the others: the first step compiles, and rank 0 may write a large checkpoint.
 TIMEOUT = timedelta(minutes=15)
@@ -85,14 +85,14 @@ class Ranks:
                 "machine the same code, params.yaml and data/tokens"
             )
 
-    def wrap(self, model: GPT2) -> nn.Module:
+    def wrap(self, model: Model) -> nn.Module:
         """The model as it is called in training. Gradients are averaged over the ranks in the backward pass."""
         if self.count == 1:
             return model
         device = next(model.parameters()).device
         if self.shards:
             mesh = init_device_mesh(device.type, (self.count,))
-            for block in model.h:
+            for block in model.blocks:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
             register_fsdp_forward_method(model, "token_losses")

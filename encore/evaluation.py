@@ -15,7 +15,7 @@ import torch
 from encore.batches import Batch, Windows
 from encore.device import autocast
 from encore.distributed import ALONE, Ranks
-from encore.models.gpt2 import GPT2
+from encore.models.architectures import Model
 from encore.token_files import TokenSplit
 
 TOKENS_AT_ONCE = 2**24  # of a split that is searched for the ends of its documents
@@ -34,7 +34,7 @@ class LossSum:
         return self.nats / self.tokens
 
 
-def sum_losses(model: GPT2, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype) -> LossSum:
+def sum_losses(model: Model, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype) -> LossSum:
     """The loss summed over batches of inputs and targets, (B, T) each, of any shapes."""
     nats, tokens = 0.0, 0
     with _evaluating(model):
@@ -89,7 +89,7 @@ class SplitLoss:
 
 
 def evaluate_split(
-    model: GPT2,
+    model: Model,
     windows: Windows,
     batch_size: int,
     device: torch.device,
@@ -130,7 +130,7 @@ def find_document_ends(split: TokenSplit) -> np.ndarray:
 
 
 @contextmanager
-def _evaluating(model: GPT2) -> Iterator[None]:
+def _evaluating(model: Model) -> Iterator[None]:
     """Without gradients and without dropout; the model's mode comes back."""
     was_training = model.training
     model.eval()
@@ -139,7 +139,7 @@ def _evaluating(model: GPT2) -> Iterator[None]:
     model.train(was_training)
 
 
-def _token_losses(model: GPT2, batch: Batch, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _token_losses(model: Model, batch: Batch, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Nats of each target, (B, T) float64, on the CPU."""
     idx, targets = batch
     with autocast(device, dtype):

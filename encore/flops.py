@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from encore.models.gpt2 import GPT2
+from encore.models.architectures import Model
 
 # Dense peaks in TFLOP/s, from the makers' data sheets. The first pattern found in the device's name decides, so the
 # longer name of a family comes first; a name ends where a word ends, since "A10" is inside "A100".
@@ -38,12 +38,11 @@ class Peak:
     basis: str
 
 
-def flops_per_token(model: GPT2) -> int:
+def flops_per_token(model: Model) -> int:
     """Forward and backward work for one token, in floating-point operations: 6 N + 12 L H D T (appendix B of
-    Chowdhery et al. 2022, PaLM), N being the parameters without the position embedding."""
+    Chowdhery et al. 2022, PaLM), N being the parameters without those that are only looked up."""
     config = model.config
-    parameters = sum(parameter.numel() for parameter in model.parameters()) - model.wpe.weight.numel()
-    return 6 * parameters + 12 * config.n_layer * config.n_embd * config.block_size
+    return 6 * model.count_factors() + 12 * config.n_layer * config.n_embd * config.block_size
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:

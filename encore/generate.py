@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from encore.device import find_device
 from encore.errors import EncoreError, run_stage
 from encore.export import load_model
-from encore.models.gpt2 import GPT2, Cache
+from encore.models.architectures import Model
+from encore.models.cache import Cache
 from encore.token_files import RANKS_FILE
 from encore.tokenizer import load_tokenizer
 
@@ -27,7 +28,7 @@ LARGEST_SEED = 2**64 - 1  # of torch
 
 
 def generate(
-    model: GPT2,
+    model: Model,
     prompt: list[int],
     max_new_tokens: int,
     temperature: float,
@@ -44,7 +45,7 @@ def generate(
 
 @torch.no_grad()
 def generate_with_scores(
-    model: GPT2,
+    model: Model,
     prompt: list[int],
     max_new_tokens: int,
     temperature: float,
@@ -91,7 +92,7 @@ def sample(
     return int(ids[torch.multinomial(shares, 1, generator=generator)])
 
 
-def open_model(folder: Path) -> tuple[GPT2, tiktoken.Encoding]:
+def open_model(folder: Path) -> tuple[Model, tiktoken.Encoding]:
     """The model of a folder, on the best device that there is, and its tokenizer. Raises EncoreError where a part is
     missing or damaged."""
     if not folder.is_dir():

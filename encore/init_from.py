@@ -12,19 +12,30 @@ from encore.errors import EncoreError
 
 SCRATCH = "scratch"
 CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "encore.json"
-# What transformers' GPT-2 can be told to do otherwise, with weights of the same shapes.
+# What transformers can be told to do otherwise, with weights of the same shapes.
 COMPUTED = {
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
+    "gpt2": {
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+    },
+    "nanochat": {
+        "hidden_act": "relu2",
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "final_logit_softcapping": 15.0,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    },
 }
 
 
 class Shape(NamedTuple):
     """What params.yaml must say of the model, but for block_size, which may be lower."""
 
+    architecture: str
     n_layer: int
     n_head: int
     n_embd: int
@@ -42,43 +53,61 @@ class Published(NamedTuple):
 
 PUBLISHED = {
     "gpt2": Published(
-        "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", Shape(12, 12, 768, True, 1024)
+        "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", Shape("gpt2", 12, 12, 768, True, 1024)
     ),
     "gpt2-medium": Published(
-        "openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da", Shape(24, 16, 1024, True, 1024)
+        "openai-community/gpt2-medium",
+        "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+        Shape("gpt2", 24, 16, 1024, True, 1024),
     ),
     "gpt2-large": Published(
-        "openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519", Shape(36, 20, 1280, True, 1024)
+        "openai-community/gpt2-large",
+        "32b71b12589c2f8d625668d2335a01cac3249519",
+        Shape("gpt2", 36, 20, 1280, True, 1024),
     ),
     "gpt2-xl": Published(
-        "openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2", Shape(48, 25, 1600, True, 1024)
+        "openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2", Shape("gpt2", 48, 25, 1600, True, 1024)
     ),
 }
 
 
 def read_shape(folder: Path) -> Shape:
-    """The shape of the weights in a folder. Raises EncoreError where it holds none of a GPT-2."""
+    """The shape of the weights in a folder. Raises EncoreError where it holds none that Encore can compute with."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise EncoreError(f"init_from: {folder / name} is missing; name a folder that holds {CONFIG} and {WEIGHTS}")
     try:
         config = json.loads((folder / CONFIG).read_bytes())
-        if config["model_type"] != "gpt2":
-            raise EncoreError(f"init_from: {folder} holds a {config['model_type']}; name the folder of a gpt2")
-        for key, value in COMPUTED.items():
+        architecture = config["model_type"]
+        if architecture not in COMPUTED:
+            raise EncoreError(
+                f"init_from: {folder} holds a {architecture}; name the folder of a {' or '.join(COMPUTED)}"
+            )
+        for key, value in COMPUTED[architecture].items():
             if config.get(key, value) != value:
                 raise EncoreError(
                     f"init_from: {folder / CONFIG} has {key}: {config[key]}, where Encore computes with {value} only; "
                     "name other weights"
                 )
+        if architecture == "nanochat":
+            return _nanochat_shape(config)
         # Only Encore has models without biases, and says so in its record.
         bias = json.loads((folder / RECORD).read_bytes())["bias"] if (folder / RECORD).exists() else True
-        return Shape(config["n_layer"], config["n_head"], config["n_embd"], bias, config["n_positions"])
+        return Shape("gpt2", config["n_layer"], config["n_head"], config["n_embd"], bias, config["n_positions"])
     except (KeyError, TypeError, ValueError) as error:
         raise EncoreError(
-            f"init_from: {folder} does not say which GPT-2 it holds ({error!r}); name one that Encore or transformers "
-            "has written"
+            f"init_from: {folder} does not say which {' or '.join(COMPUTED)} it holds ({error!r}); name one that "
+            "Encore or transformers has written"
         ) from None
+
+
+def _nanochat_shape(config: dict[str, Any]) -> Shape:
+    n_head, n_embd = config["num_attention_heads"], config["hidden_size"]
+    if (config["num_key_value_heads"], config["intermediate_size"]) != (n_head, 4 * n_embd):
+        raise ValueError(
+            "as many heads for keys and values as for queries, and an MLP four times wider, are all it has"
+        )
+    return Shape("nanochat", config["num_hidden_layers"], n_head, n_embd, False, config["max_position_embeddings"])
 
 
 def find_misfits(values: dict[str, Any]) -> list[str]:

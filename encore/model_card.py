@@ -10,6 +10,7 @@ from typing import Any
 from encore.files import write_whole
 
 CARD = "README.md"
+TITLES = {"gpt2": "A GPT-2", "nanochat": "A nanochat model"}
 USE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,7 +42,7 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
     lines = [
         *front,
         "",
-        "# A GPT-2 trained with Encore",
+        f"# {TITLES[params['architecture']]} trained with Encore",
         "",
         "| | |",
         "|---|---|",

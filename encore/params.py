@@ -81,7 +81,7 @@ class Params(BaseModel):
     val_fraction: Annotated[Real, Field(gt=0, lt=1)]
     split_seed: Annotated[Integer, Field(ge=0)]
 
-    architecture: Literal["gpt2"]
+    architecture: Literal["gpt2", "nanochat"]
     n_layer: Positive
     n_head: Positive
     n_embd: Positive
@@ -94,9 +94,14 @@ class Params(BaseModel):
     batch_size: Positive
     gradient_accumulation_steps: Positive
     max_iters: Positive
+    optimizer: Literal["adamw", "muon"]
     learning_rate: Annotated[Real, Field(gt=0)]
+    embedding_lr: Annotated[Real, Field(gt=0)] | None
+    head_lr: Annotated[Real, Field(gt=0)] | None
+    lr_schedule: Literal["cosine", "trapezoid"]
     warmup_iters: Annotated[Integer, Field(ge=0)]
     lr_decay_iters: Positive | None
+    warmdown_ratio: Annotated[Real, Field(gt=0, le=1)] | None
     min_lr: Annotated[Real, Field(ge=0)]
     weight_decay: Annotated[Real, Field(ge=0)]
     beta1: Annotated[Real, Field(ge=0, lt=1)]
@@ -220,6 +225,12 @@ def _find_conflicts(valid: dict[str, Any]) -> list[str]:
         if valid["warmup_iters"] > decay:
             name = "lr_decay_iters" if valid["lr_decay_iters"] else "max_iters"
             problems.append(f"warmup_iters: {valid['warmup_iters']} is above {name}, {decay}; warm up for less")
+    if have("architecture", "n_embd", "n_head", "bias", "dropout") and valid["architecture"] == "nanochat":
+        problems += _find_what_nanochat_lacks(valid)
+    if have("architecture", "optimizer", "embedding_lr", "head_lr"):
+        problems += _find_wrong_rates(valid)
+    if have("lr_schedule", "warmdown_ratio", "lr_decay_iters", "max_iters", "warmup_iters"):
+        problems += _find_wrong_warmdown(valid)
     if have("tokenizer", "vocab_size") and valid["tokenizer"] == "gpt2" and valid["vocab_size"] != GPT2_VOCAB_SIZE:
         problems.append(f"vocab_size: {valid['vocab_size']} will not do; the gpt2 tokenizer has {GPT2_VOCAB_SIZE}")
     if have("dataset", "dataset_revision"):
@@ -231,6 +242,50 @@ def _find_conflicts(valid: dict[str, Any]) -> list[str]:
                 f"which `python -m encore.sources '{valid['dataset']}'` prints"
             )
     return problems
+
+
+def _find_what_nanochat_lacks(valid: dict[str, Any]) -> list[str]:
+    problems = []
+    if valid["bias"]:
+        problems.append("bias: True will not do; architecture nanochat has no biases, set false")
+    if valid["dropout"]:
+        problems.append(f"dropout: {valid['dropout']} will not do; architecture nanochat drops nothing, set 0.0")
+    if valid["n_embd"] % (2 * valid["n_head"]):
+        problems.append(
+            f"n_head: {valid['n_head']} heads of width {valid['n_embd'] / valid['n_head']:g} will not do; architecture "
+            "nanochat rotates pairs of numbers, so n_embd must divide by 2 x n_head"
+        )
+    return problems
+
+
+def _find_wrong_rates(valid: dict[str, Any]) -> list[str]:
+    """AdamW has one learning rate, Muon's company has its own for the embeddings and for an output matrix."""
+    muon = valid["optimizer"] == "muon"
+    wanted = {"embedding_lr": muon, "head_lr": muon and valid["architecture"] == "nanochat"}
+    problems = []
+    for key, is_wanted in wanted.items():
+        if is_wanted and valid[key] is None:
+            problems.append(f"{key}: null will not do; optimizer muon leaves these weights to AdamW, give its rate")
+        if not is_wanted and valid[key] is not None:
+            problems.append(
+                f"{key}: {valid[key]} would change nothing with optimizer {valid['optimizer']} and architecture "
+                f"{valid['architecture']}; set null"
+            )
+    return problems
+
+
+def _find_wrong_warmdown(valid: dict[str, Any]) -> list[str]:
+    ratio = valid["warmdown_ratio"]
+    if (valid["lr_schedule"] == "trapezoid") != (ratio is not None):
+        way_out = "set null" if ratio is not None else "give the share in which it falls, as 0.6"
+        return [f"warmdown_ratio: {_quote(ratio)} will not do for lr_schedule {valid['lr_schedule']}; {way_out}"]
+    decay = valid["lr_decay_iters"] or valid["max_iters"]
+    if ratio is not None and valid["warmup_iters"] + ratio * decay > decay:
+        return [
+            f"warmdown_ratio: {ratio} of {decay} iterations leaves {decay - ratio * decay:g} for warmup_iters, "
+            f"{valid['warmup_iters']}; lower one of them"
+        ]
+    return []
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from encore.errors import EncoreError, run_stage
 from encore.export import RECORD
 from encore.files import read_json
 from encore.generate import encode_prompt, generate_with_scores, note_of_cut, open_model
-from encore.models.gpt2 import GPT2, count_parameters
+from encore.models.architectures import Model
 from encore.token_html import CSS, TEXT, TOOLTIP, TokenSpans, describe, escape, legend
 
 HOST = "127.0.0.1"
@@ -58,11 +58,11 @@ def import_gradio(scratch: str) -> Any:
     return gradio
 
 
-def model_facts(folder: Path, model: GPT2) -> str:
+def model_facts(folder: Path, model: Model) -> str:
     """A line of Markdown about a model."""
     config = model.config
     facts = [
-        f"{count_parameters(model):,} parameters",
+        f"{model.count_parameters():,} parameters",
         f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}",
         f"{config.block_size:,} tokens of context",
         f"{config.vocab_size:,} ids",
@@ -73,7 +73,7 @@ def model_facts(folder: Path, model: GPT2) -> str:
     return f"`{folder}`: " + " · ".join(facts)
 
 
-def build_page(gradio: Any, model: GPT2, tokenizer: tiktoken.Encoding, facts: str) -> Any:
+def build_page(gradio: Any, model: Model, tokenizer: tiktoken.Encoding, facts: str) -> Any:
     """The page: a prompt, what the model makes of it, and how to sample."""
     with gradio.Blocks(title="Encore playground", analytics_enabled=False) as page:
         gradio.Markdown(f"# Encore playground\n{facts}")
@@ -113,7 +113,7 @@ def build_page(gradio: Any, model: GPT2, tokenizer: tiktoken.Encoding, facts: st
 
 
 def write(
-    model: GPT2,
+    model: Model,
     tokenizer: tiktoken.Encoding,
     text: str,
     max_new_tokens: int,

@@ -15,8 +15,8 @@ from encore.distributed import ALONE, Ranks, gather
 from encore.errors import EncoreError, Interrupted
 from encore.evaluation import sum_losses
 from encore.flops import flops_per_token, synchronize
-from encore.models.gpt2 import GPT2
-from encore.optim import make_adamw
+from encore.models.architectures import Model, make_model
+from encore.optim import make_optimizers
 from encore.params import StageParams
 from encore.progress import Progress
 from encore.records import Records
@@ -31,7 +31,7 @@ class Trainer:
     def __init__(
         self,
         params: StageParams,
-        model: GPT2,
+        model: Model,
         train: Windows,
         val: Windows,
         hardware: Hardware,
@@ -45,7 +45,7 @@ class Trainer:
         self.ranks = ranks
         self.parallel = ranks.wrap(model)
         self.forward = torch.compile(self.parallel) if hardware.compiles else self.parallel
-        self.optimizer = make_adamw(model, params.learning_rate, (params.beta1, params.beta2), params.weight_decay)
+        self.optimizers = make_optimizers(model, params)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.windows_per_step = params.batch_size * params.gradient_accumulation_steps
         self.tokens_per_step = self.windows_per_step * params.block_size
@@ -60,7 +60,7 @@ class Trainer:
     def resume(self, found: Checkpoint | None) -> None:
         """Takes up rank 0's checkpoint of this run; the other ranks have none to give."""
         state = self.ranks.from_first(found.state if found else None)
-        restore(found.path if found else None, self.model, self.optimizer, self.ranks)
+        restore(found.path if found else None, self.model, self.optimizers, self.ranks)
         self.records.restore(state)
         self.iter = state["iter"]
         self._last_step, self._step_seconds = state["last_step"], state["step_seconds"]
@@ -110,15 +110,9 @@ class Trainer:
         gradient's norm before clipping is not finite."""
         params = self.params
         started = time.perf_counter()
-        lr = get_lr(
-            self.iter,
-            params.learning_rate,
-            params.min_lr,
-            params.warmup_iters,
-            params.lr_decay_iters or params.max_iters,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.scheduled_lr(group["initial_lr"])
         batches = self.batches.take(self.iter)
         # Dropout's randomness depends on the step alone, so there is no generator's state to save.
         torch.manual_seed(params.seed * 2**31 + self.iter * self.ranks.count + self.ranks.rank)
@@ -131,7 +125,9 @@ class Trainer:
                 micro_loss = micro_loss * (len(idx) * self.ranks.count / self.windows_per_step)
                 self.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        lr = self.scheduled_lr(params.learning_rate)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), params.grad_clip or float("inf"))
         loss = self.ranks.sum(loss) / self.ranks.count
         values = torch.stack([loss, gather(grad_norm)]).tolist()
@@ -144,9 +140,10 @@ class Trainer:
                 f"rate {lr:.3g}, in windows {windows}, ... of the train split; nothing was updated and the last "
                 "checkpoint is whole. Lower learning_rate or set dtype: float32"
             )
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         self.iter += 1
         # Under float16 a step that overflowed has no norm.
         norm = values[1] if math.isfinite(values[1]) else None
@@ -156,6 +153,18 @@ class Trainer:
             self._step_seconds.append(seconds)
         else:
             self._first_step_seconds, self._warm = seconds, True
+
+    def scheduled_lr(self, highest: float) -> float:
+        """The learning rate of the step to come, for parameters whose highest is this; all rise and fall alike."""
+        params = self.params
+        return get_lr(
+            self.iter,
+            highest,
+            params.min_lr * (highest / params.learning_rate),
+            params.warmup_iters,
+            params.lr_decay_iters or params.max_iters,
+            params.warmdown_ratio,
+        )
 
     def my_windows(self, step: int) -> np.ndarray:
         """This rank's windows of a step."""
@@ -203,13 +212,13 @@ class Trainer:
             "first_step_seconds": self._first_step_seconds,
             **self.records.state(),
         }
-        self.saver.save(self.iter, self.model, self.optimizer, state)
+        self.saver.save(self.iter, self.model, self.optimizers, state)
 
-    def whole_model(self) -> GPT2:
+    def whole_model(self) -> Model:
         """The model in one piece; all ranks must ask."""
         if not self.ranks.shards:
             return self.model
-        model = GPT2(self.model.config)
+        model = make_model(self.model.config)
         model.load_state_dict({name: gather(tensor).cpu() for name, tensor in self.model.state_dict().items()})
         return model
 

@@ -16,7 +16,7 @@ from encore.files import write_json, write_tsv, write_whole
 from encore.generate import generate
 from encore.history import record_stage
 from encore.launch import run_under_torchrun, torchrun_arguments
-from encore.models.gpt2 import GPT2
+from encore.models.architectures import Model
 from encore.params import StageParams, load_params
 from encore.progress import Progress
 from encore.signals import stop_with_parent
@@ -87,7 +87,7 @@ def summarize(split_loss: SplitLoss, seconds: float) -> dict[str, Any]:
     }
 
 
-def write_samples(params: StageParams, model: GPT2) -> list[str]:
+def write_samples(params: StageParams, model: Model) -> list[str]:
     """`num_samples` continuations of the prompt `start`, always the same for the same seed."""
     tokenizer = load_tokenizer(MODEL / RANKS_FILE)
     # An empty prompt begins where every document begins: behind an end-of-text token.

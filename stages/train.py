@@ -13,7 +13,7 @@ import torch
 from encore import runs
 from encore.batches import Windows
 from encore.checkpoint import find_resumable, list_checkpoints
-from encore.device import find_device, find_hardware
+from encore.device import Hardware, find_device, find_hardware
 from encore.disk import check_room
 from encore.distributed import ALONE, SHARD, Ranks, joined
 from encore.errors import EncoreError, run_stage
@@ -24,7 +24,7 @@ from encore.hub_tokenizer import save_hub_tokenizer
 from encore.init_from import RECORD, SCRATCH
 from encore.launch import run_under_torchrun, torchrun_arguments
 from encore.model_card import write_card
-from encore.models.gpt2 import GPT2, GPT2Config, count_parameters
+from encore.models.architectures import Model, make_config, make_model
 from encore.optim import describe_groups
 from encore.params import StageParams, load_params
 from encore.ranks import read_ranks
@@ -95,6 +95,12 @@ def check_batch(params: StageParams, ranks: Ranks) -> None:
         raise EncoreError(f"dtype: float16 does not go with {SHARD}=1; set bfloat16 or float32")
 
 
+def check_dtype(params: StageParams, hardware: Hardware) -> None:
+    """Raises EncoreError where a step that overflows would not be skipped as a whole."""
+    if params.optimizer == "muon" and hardware.dtype == torch.float16:
+        raise EncoreError("dtype: float16 does not go with optimizer: muon; set bfloat16 or float32")
+
+
 def note_other_schedule(checkpoints: Path, identity: dict[str, Any]) -> None:
     """Says why a run that was meant to be extended starts anew."""
     other = None if list_checkpoints(checkpoints) else runs.find_other_schedule(checkpoints, identity)
@@ -113,18 +119,11 @@ def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Tra
     val = Windows(TokenSplit(TOKENS, "val"), params.block_size, "val")
 
     hardware = find_hardware(params.dtype, params.compile)
+    check_dtype(params, hardware)
     torch.manual_seed(params.seed)
-    config = GPT2Config(
-        vocab_size=tokens.manifest["vocab_size"],
-        block_size=params.block_size,
-        n_layer=params.n_layer,
-        n_head=params.n_head,
-        n_embd=params.n_embd,
-        bias=params.bias,
-        dropout=params.dropout,
-    )
+    config = make_config(params, tokens.manifest["vocab_size"])
     if params.init_from == SCRATCH:
-        model = GPT2(config)
+        model = make_model(config)
     else:
         model = load_initial(INIT, config, (TOKENS / RANKS_FILE).read_bytes())
     model.to(hardware.device)
@@ -133,8 +132,8 @@ def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Tra
     wandb_run = None
     if ranks.is_first:
         about = {"commit": git_commit(), "device": str(hardware), "devices": ranks.count, "versions": find_versions()}
-        config = {**params.as_dict(), **hash_inputs(params), **about}
-        wandb_run = start_wandb(config, run_id=found.state["wandb_id"] if found else None)
+        described = {**params.as_dict(), **hash_inputs(params), **about}
+        wandb_run = start_wandb(described, run_id=found.state["wandb_id"] if found else None)
     records = Records(METRICS, LOG, wandb_run, writes=ranks.is_first)
     trainer = Trainer(params, model, train, val, hardware, records, checkpoints, ranks)
     if ranks.from_first(found is not None):
@@ -143,7 +142,7 @@ def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Tra
     else:
         devices = f"{ranks.count} x {hardware}" if ranks.count > 1 else str(hardware)
         records.say(f"{devices}, torch {torch.__version__}, commit {git_commit()}")
-        records.say(f"{count_parameters(model):,} parameters; {describe_groups(trainer.optimizer)}")
+        records.say(f"{model.count_parameters():,} parameters; {describe_groups(trainer.optimizers)}")
         epochs = params.max_iters * trainer.windows_per_step / train.count
         records.say(f"{trainer.tokens_per_step:,} tokens an iteration, {epochs:.2f} epochs of {tokens.tokens:,} tokens")
     return trainer
@@ -162,7 +161,7 @@ def check_disk(trainer: Trainer) -> None:
     )
 
 
-def write_results(trainer: Trainer, model: GPT2) -> None:
+def write_results(trainer: Trainer, model: Model) -> None:
     """model/, the metrics and the last state of the curves."""
     records, tokens = trainer.records, trainer.train.split
     keys = ("dataset", "dataset_revision", "licence", "tokenizer", "vocab_size")
@@ -198,7 +197,7 @@ def summarize(trainer: Trainer) -> dict[str, Any]:
         "train": {"loss": rows.eval[-1]["train_loss"]},
         "val": {"loss": rows.eval[-1]["val_loss"]},
         "tokens_seen": trainer.iter * trainer.tokens_per_step,
-        "parameters": count_parameters(trainer.model),
+        "parameters": trainer.model.count_parameters(),
         "tflops": median_speed("tflops"),
         "peak_tflops": peak.flops_per_second / 1e12,
         "mfu_basis": peak.basis,

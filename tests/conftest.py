@@ -59,6 +59,20 @@ TINY = {
     "max_new_tokens": 8,
 }
 
+# nanochat's model trained by Muon, with what suits a few steps of a tiny one.
+MODERN = {
+    "architecture": "nanochat",
+    "optimizer": "muon",
+    "learning_rate": 0.02,
+    "embedding_lr": 0.3,
+    "head_lr": 0.1,
+    "lr_schedule": "trapezoid",
+    "warmdown_ratio": 0.6,
+    "min_lr": 0.0,
+    "weight_decay": 0.0,
+    "beta1": 0.8,
+}
+
 
 @pytest.fixture
 def tiny_params() -> Callable[..., StageParams]:

@@ -31,22 +31,23 @@ SIZES = {"vocab_size": 70, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd":
 def make_run(seed, device="cpu", **changes):
     torch.manual_seed(seed)
     model = GPT2(GPT2Config(**{**SIZES, **changes})).to(device)
-    return model, make_adamw(model, 0.01, (0.9, 0.95), 0.1)
+    return model, [make_adamw(model, 0.01, (0.9, 0.95), 0.1)]
 
 
-def take_step(model, optimizer, seed):
+def take_step(model, optimizers, seed):
     tokens = torch.randint(70, (4, 9), generator=torch.Generator().manual_seed(seed))
     model(tokens[:, :-1], tokens[:, 1:]).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @pytest.fixture
 def trained():
     """Model and optimizer after one step."""
-    model, optimizer = make_run(0)
-    take_step(model, optimizer, 0)
-    return model, optimizer
+    model, optimizers = make_run(0)
+    take_step(model, optimizers, 0)
+    return model, optimizers
 
 
 def save_all(saver, iterations, run, state=None):
@@ -58,32 +59,32 @@ def save_all(saver, iterations, run, state=None):
 
 def save_some(folder, iterations, code="today"):
     """Checkpoints with a state that `find_resumable` can judge; returns the run behind them."""
-    model, optimizer = make_run(0)
+    model, optimizers = make_run(0)
     saver = Saver(folder, kept=2)
     for iteration in iterations:
-        take_step(model, optimizer, iteration)
+        take_step(model, optimizers, iteration)
         sha256 = code_sha256() if code == "today" else code
-        saver.save(iteration, model, optimizer, {"code": [{"from_iter": 0, "sha256": sha256}]})
+        saver.save(iteration, model, optimizers, {"code": [{"from_iter": 0, "sha256": sha256}]})
     saver.finish()
-    return model, optimizer
+    return model, optimizers
 
 
-def numbers(model, optimizer):
+def numbers(model, optimizers):
     """Weights and moments, by name."""
     moments = {
         f"{name} {key}": tensor
         for name, parameter in model.named_parameters()
-        for key, tensor in optimizer.state[parameter].items()
+        for key, tensor in optimizers[0].state[parameter].items()
     }
     return {name: tensor.clone() for name, tensor in {**model.state_dict(), **moments}.items()}
 
 
 def restored_numbers(path):
     """What a checkpoint puts into a run that had other numbers."""
-    model, optimizer = make_run(99)
-    take_step(model, optimizer, 5)
-    checkpoint.restore(path, model, optimizer)
-    return numbers(model, optimizer)
+    model, optimizers = make_run(99)
+    take_step(model, optimizers, 5)
+    checkpoint.restore(path, model, optimizers)
+    return numbers(model, optimizers)
 
 
 def assert_same_bits(actual, expected):
@@ -102,28 +103,28 @@ def bytes_in(folder):
 
 
 def test_what_is_restored_has_the_same_bits_and_goes_on_the_same(tmp_path):
-    model, optimizer = save_some(tmp_path, [1, 2, 3])
+    model, optimizers = save_some(tmp_path, [1, 2, 3])
     found = find_newest(tmp_path, ANY)
     assert (found.path, found.state["iter"]) == (tmp_path / "iter-0000003", 3)
 
-    other, other_optimizer = make_run(99)
-    take_step(other, other_optimizer, 5)
-    checkpoint.restore(found.path, other, other_optimizer)
-    restored = numbers(other, other_optimizer)
+    other, other_optimizers = make_run(99)
+    take_step(other, other_optimizers, 5)
+    checkpoint.restore(found.path, other, other_optimizers)
+    restored = numbers(other, other_optimizers)
     assert len(restored) == 4 * len(list(model.parameters()))  # weight, two moments, step
-    assert_same_bits(restored, numbers(model, optimizer))
+    assert_same_bits(restored, numbers(model, optimizers))
 
-    for run in ((model, optimizer), (other, other_optimizer)):
+    for run in ((model, optimizers), (other, other_optimizers)):
         take_step(*run, seed=7)
-    assert_same_bits(numbers(other, other_optimizer), numbers(model, optimizer))
+    assert_same_bits(numbers(other, other_optimizers), numbers(model, optimizers))
 
 
 def test_the_optimizer_is_restored_on_the_device_of_the_weights(tmp_path):
     """The step counts too: fused AdamW reads them in the memory of the GPU. `meta` stands for a GPU here."""
     save_some(tmp_path, [1])
-    model, optimizer = make_run(0, device="meta")
-    checkpoint.restore(tmp_path / "iter-0000001", model, optimizer)
-    states = [tensor for parameter in model.parameters() for tensor in optimizer.state[parameter].values()]
+    model, optimizers = make_run(0, device="meta")
+    checkpoint.restore(tmp_path / "iter-0000001", model, optimizers)
+    states = [tensor for parameter in model.parameters() for tensor in optimizers[0].state[parameter].values()]
     assert len(states) == 3 * len(list(model.parameters()))
     assert {tensor.device.type for tensor in states} == {"meta"}
 

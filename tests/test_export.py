@@ -113,7 +113,7 @@ def test_a_missing_file_is_named(exported, name):
 def test_a_truncated_file_is_an_error_that_names_the_folder(exported, name):
     _, folder = exported
     (folder / name).write_bytes((folder / name).read_bytes()[:-20])
-    with pytest.raises(EncoreError, match=f"^{folder}.* (not valid JSON|no GPT-2 that fits)"):
+    with pytest.raises(EncoreError, match=f"^{folder}.* (not valid JSON|no model that fits)"):
         load_model(folder)
 
 
@@ -133,7 +133,7 @@ def test_weights_of_other_shapes_than_the_config_says_are_refused(exported, chan
     _, folder = exported
     config = {**json.loads((folder / CONFIG).read_text()), **change}
     (folder / CONFIG).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-    with pytest.raises(EncoreError, match=f"^{folder} is no GPT-2 that fits its config.json"):
+    with pytest.raises(EncoreError, match=f"^{folder} holds no model that fits its config.json"):
         load_model(folder)
 
 

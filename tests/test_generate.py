@@ -10,7 +10,8 @@ import torch
 from encore import generate as command
 from encore.errors import EncoreError
 from encore.generate import generate, generate_with_scores, sample
-from encore.models.gpt2 import GPT2, Cache, GPT2Config
+from encore.models.cache import Cache
+from encore.models.gpt2 import GPT2, GPT2Config
 from encore.token_files import RANKS_FILE
 from encore.tokenizer import load_tokenizer
 from tests.small_models import save_small_model

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from encore.export import from_hub, to_hub, to_hub_config
 from encore.models import gpt2
-from encore.models.gpt2 import GPT2, GPT2Config, count_parameters
+from encore.models.gpt2 import GPT2, GPT2Config
+from encore.models.gpt2_hub import from_hub, to_hub, to_hub_config
+from encore.models.vocabulary import pad_vocab
 
 SMALL = GPT2Config(vocab_size=301, block_size=24, n_layer=3, n_head=4, n_embd=32, bias=True)
 GPT2_124M = GPT2Config(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True)
@@ -94,13 +95,13 @@ def test_initial_weights_have_the_deviations_of_the_paper(n_layer):
 def test_the_smallest_gpt2_has_the_published_number_of_parameters(bias, count):
     with torch.device("meta"):
         model = GPT2(replace(GPT2_124M, bias=bias))
-    assert count_parameters(model) == count
+    assert model.count_parameters() == count
     assert model.wte.weight.shape == (50304, 768)
 
 
 @pytest.mark.parametrize(("vocab_size", "padded"), [(1, 64), (64, 64), (65, 128), (50257, 50304)])
 def test_vocabulary_is_padded_to_the_next_multiple_of_64(vocab_size, padded):
-    assert replace(SMALL, vocab_size=vocab_size).padded_vocab_size == padded
+    assert pad_vocab(vocab_size) == padded
 
 
 def test_padding_is_not_in_the_logits_the_loss_or_the_gradient():

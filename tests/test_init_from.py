@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from encore.errors import EncoreError
-from encore.export import save_model, to_hub_config
+from encore.export import save_model
 from encore.init_from import PUBLISHED, Shape, find_misfits, read_shape
-from encore.models.gpt2 import GPT2, GPT2Config, count_parameters
+from encore.models.gpt2 import GPT2, GPT2Config
+from encore.models.gpt2_hub import to_hub_config
 
 CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 16}
-SHAPE = Shape(n_layer=2, n_head=4, n_embd=32, bias=True, block_size=16)
+SHAPE = Shape(architecture="gpt2", n_layer=2, n_head=4, n_embd=32, bias=True, block_size=16)
 
 
 @pytest.fixture
@@ -28,6 +29,10 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def sizes_of(shape: Shape) -> dict[str, Any]:
+    return {key: value for key, value in shape._asdict().items() if key != "architecture"}
+
+
 def page(**changes: Any) -> dict[str, Any]:
     return {**SHAPE._asdict(), "init_from": "weights/", "tokenizer": "bpe", **changes}
 
@@ -39,8 +44,8 @@ def page(**changes: Any) -> dict[str, Any]:
 def test_published_weights_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
     published = PUBLISHED[name]
     with torch.device("meta"):
-        model = GPT2(GPT2Config(vocab_size=50257, **published.shape._asdict()))
-    assert count_parameters(model) == parameters
+        model = GPT2(GPT2Config(vocab_size=50257, **sizes_of(published.shape)))
+    assert model.count_parameters() == parameters
     assert published.repository == f"openai-community/{name}"
     assert re.fullmatch("[0-9a-f]{40}", published.commit)
 
@@ -60,7 +65,7 @@ def test_a_folder_without_a_record_has_biases(weights: Path) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_folder_of_encore_says_whether_it_has_biases(tmp_path: Path, bias: bool) -> None:
     shape = SHAPE._replace(bias=bias)
-    save_model(tmp_path, GPT2(GPT2Config(vocab_size=300, **shape._asdict())), b"ranks", {})
+    save_model(tmp_path, GPT2(GPT2Config(vocab_size=300, **sizes_of(shape))), b"ranks", {})
     assert read_shape(tmp_path) == shape
 
 
@@ -76,7 +81,7 @@ def test_a_missing_file_is_named(weights: Path, name: str) -> None:
 
 def test_another_architecture_is_refused(weights: Path) -> None:
     (weights / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama"}))
-    with pytest.raises(EncoreError, match=r"^init_from: weights holds a llama; name the folder of a gpt2$"):
+    with pytest.raises(EncoreError, match=r"^init_from: weights holds a llama; name the folder of a gpt2 or nanochat$"):
         read_shape(weights)
 
 
@@ -104,7 +109,7 @@ def test_what_would_be_computed_otherwise_is_refused(weights: Path, key: str, va
 def test_what_encore_and_transformers_write_is_computed_alike(weights: Path) -> None:
     import transformers
 
-    config = GPT2Config(vocab_size=300, **SHAPE._asdict())
+    config = GPT2Config(vocab_size=300, **sizes_of(SHAPE))
     for written in (to_hub_config(config), transformers.GPT2Config(**to_hub_config(config)).to_dict()):
         assert {"activation_function", "layer_norm_epsilon", "tie_word_embeddings"} < set(written)
         (weights / "config.json").write_text(json.dumps(written))
@@ -124,7 +129,7 @@ def test_what_encore_and_transformers_write_is_computed_alike(weights: Path) -> 
 )
 def test_a_folder_that_does_not_say_what_it_holds_is_refused(weights: Path, name: str, text: str, told: str) -> None:
     (weights / name).write_text(text)
-    sentence = rf"^init_from: weights does not say which GPT-2 it holds \({told}\); name one that Encore or transf"
+    sentence = rf"^init_from: weights does not say which gpt2 or nanochat it holds \({told}\); name one that Encore"
     with pytest.raises(EncoreError, match=sentence):
         read_shape(weights)
 
@@ -168,7 +173,7 @@ def test_each_key_that_does_not_fit_gives_its_sentence(
 
 
 def test_published_weights_want_their_tokenizer_and_shape() -> None:
-    shape = {"n_layer": 12, "n_head": 12, "n_embd": 768, "bias": True, "block_size": 1024}
+    shape = {"architecture": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "bias": True, "block_size": 1024}
     start = {**shape, "init_from": "gpt2", "tokenizer": "gpt2"}
     assert find_misfits(start) == []
     assert find_misfits({**start, "tokenizer": "bpe", "bias": False}) == [

@@ -54,6 +54,20 @@ def test_loss_and_gradients_are_those_of_all_scores_at_once(tokens_at_once, rows
         assert_near(mine, right)
 
 
+@pytest.mark.parametrize("rows", [V, V + 19], ids=["no padding", "padding"])
+def test_capped_scores_too(tokens_at_once, rows):
+    """At a cap that bends all of them: 2, where the scores' deviation is 2.8."""
+    x, weight, targets = make_inputs(rows)
+    scores = 2 * torch.tanh(F.linear(x.double(), weight[:V].double()) / 2)
+    expected = F.cross_entropy(scores, targets, reduction="none")
+    value = mean_cross_entropy(x, weight, targets, V, cap=2.0)
+    assert_near(value, expected.mean())
+    assert ((cross_entropies(x, weight, targets, V, cap=2.0) - expected).abs() <= 1e-5 * expected).all()
+    pairs = zip(gradients(value, x, weight), gradients(expected.mean(), x, weight), strict=True)
+    for mine, right in pairs:
+        assert_near(mine, right)
+
+
 def test_each_loss_is_that_of_its_target(tokens_at_once):
     x, weight, targets = make_inputs(V + 19)
     losses = cross_entropies(x, weight, targets, V)

@@ -14,7 +14,7 @@ from encore.ranks import write_ranks
 from encore.tokenizer import train_bpe
 
 RECORD = {
-    "params": {"n_layer": 2, "init_from": "scratch", "max_iters": 600},
+    "params": {"architecture": "gpt2", "n_layer": 2, "init_from": "scratch", "max_iters": 600},
     "data": {
         "dataset": "hf:owner/corpus/en",
         "dataset_revision": "0123abc",

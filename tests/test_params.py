@@ -9,7 +9,7 @@ import pytest
 
 from encore.errors import EncoreError
 from encore.params import Params, StageParams, check_page, find_problems, find_warnings, load_params
-from tests.conftest import QUICKSTART, ROOT, read_page, write_page
+from tests.conftest import MODERN, QUICKSTART, ROOT, read_page, write_page
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -76,7 +76,7 @@ def problems_with(**changes: Any) -> list[str]:
             "as in [hellaswag, lambada_openai]",
         ),
         ({"evaluate_tasks": "hellaswag"}, "evaluate_tasks: 'hellaswag' will not do; it should be a valid list"),
-        ({"architecture": "llama"}, "architecture: 'llama' will not do; it should be 'gpt2'"),
+        ({"architecture": "llama"}, "architecture: 'llama' will not do; it should be 'gpt2' or 'nanochat'"),
         *(
             (
                 {"init_from": start},
@@ -103,6 +103,50 @@ def problems_with(**changes: Any) -> list[str]:
         (
             {"warmup_iters": 60, "lr_decay_iters": 50},
             "warmup_iters: 60 is above lr_decay_iters, 50; warm up for less",
+        ),
+        (
+            {**MODERN, "bias": True},
+            "bias: True will not do; architecture nanochat has no biases, set false",
+        ),
+        (
+            {**MODERN, "dropout": 0.1},
+            "dropout: 0.1 will not do; architecture nanochat drops nothing, set 0.0",
+        ),
+        (
+            {**MODERN, "n_embd": 36, "n_head": 4},
+            "n_head: 4 heads of width 9 will not do; architecture nanochat rotates pairs of numbers, so n_embd must "
+            "divide by 2 x n_head",
+        ),
+        *(
+            (
+                {**MODERN, key: None},
+                f"{key}: null will not do; optimizer muon leaves these weights to AdamW, give its rate",
+            )
+            for key in ("embedding_lr", "head_lr")
+        ),
+        (
+            {"embedding_lr": 0.1},
+            "embedding_lr: 0.1 would change nothing with optimizer adamw and architecture gpt2; set null",
+        ),
+        (
+            {**MODERN, "architecture": "gpt2"},
+            "head_lr: 0.1 would change nothing with optimizer muon and architecture gpt2; set null",
+        ),
+        (
+            {**MODERN, "warmdown_ratio": None},
+            "warmdown_ratio: null will not do for lr_schedule trapezoid; give the share in which it falls, as 0.6",
+        ),
+        (
+            {"warmdown_ratio": 0.5},
+            "warmdown_ratio: 0.5 will not do for lr_schedule cosine; set null",
+        ),
+        (
+            {**MODERN, "max_iters": 100, "warmup_iters": 41},
+            "warmdown_ratio: 0.6 of 100 iterations leaves 40 for warmup_iters, 41; lower one of them",
+        ),
+        (
+            {"optimizer": "lion"},
+            "optimizer: 'lion' will not do; it should be 'adamw' or 'muon'",
         ),
         (
             {"tokenizer": "gpt2", "vocab_size": 50304},
@@ -134,6 +178,11 @@ def problems_with(**changes: Any) -> list[str]:
 )
 def test_a_wrong_value_gives_exactly_its_sentence(changes: dict[str, Any], sentence: str) -> None:
     assert problems_with(**{str(key): value for key, value in changes.items()}) == [sentence]
+
+
+def test_a_modern_page_has_no_problem() -> None:
+    assert problems_with(**MODERN) == []
+    assert problems_with(**{**MODERN, "architecture": "gpt2", "head_lr": None}) == []
 
 
 def test_a_missing_key_gives_its_sentence() -> None:

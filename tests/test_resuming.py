@@ -13,6 +13,7 @@ import torch
 from encore import checkpoint
 from encore.checkpoint import find_newest
 from encore.errors import Interrupted
+from tests.conftest import MODERN
 from tests.small_runs import NO_STOP, StopAfter, assert_same, run, small_machine, trainer_in, weights_of
 
 
@@ -25,7 +26,9 @@ def make_trainer(tmp_path, tokens_folder, tiny_params):
         )
 
 
-@pytest.mark.parametrize("changes", [{}, {"dropout": 0.2}, {"dtype": "bfloat16"}, {"dtype": "float16"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"dropout": 0.2}, {"dtype": "bfloat16"}, {"dtype": "float16"}, MODERN], ids=str
+)
 def test_two_runs_are_bitwise_equal_and_so_are_interrupted_ones(make_trainer, changes):
     """Stopped off the checkpoints' interval, and once more after that."""
     undisturbed = run(make_trainer("undisturbed", **changes))

@@ -5,8 +5,8 @@ import pytest
 from encore.schedule import get_lr
 
 
-def rates(steps, learning_rate, min_lr, warmup_iters, lr_decay_iters):
-    return [get_lr(step, learning_rate, min_lr, warmup_iters, lr_decay_iters) for step in range(steps)]
+def rates(steps, *shape):
+    return [get_lr(step, *shape) for step in range(steps)]
 
 
 def test_the_whole_course_is_the_hand_written_one():
@@ -32,3 +32,8 @@ def test_the_end_is_min_lr_exactly():
 
 def test_warmup_may_last_until_the_end():
     assert rates(6, 5.0, 1.0, 4, 4) == [1.0, 2.0, 3.0, 4.0, 1.0, 1.0]
+
+
+def test_a_trapezoid_is_the_hand_written_one():
+    assert rates(12, 10.0, 2.0, 1, 10, 0.4) == [5.0, *[10.0] * 6, 8.0, 6.0, 4.0, 2.0, 2.0]
+    assert rates(5, 8.0, 0.0, 0, 4, 1.0) == [8.0, 6.0, 4.0, 2.0, 0.0]

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from encore.errors import EncoreError
+from tests.conftest import MODERN
 from tests.small_runs import NO_STOP, read_curve, run, small_machine, trainer_in, weights_of
 
 
@@ -71,11 +72,38 @@ def test_ten_steps_are_those_of_a_plain_loop(make_trainer, batch_size, accumulat
     assert losses[-1] < losses[0] - 0.05
 
 
+def test_the_learning_rates_of_all_groups_rise_and_fall_alike(make_trainer):
+    trainer, rates = make_trainer("run", **MODERN, max_iters=10, warmup_iters=1, lr_decay_iters=10), []
+    step = trainer.optimizers[0].step
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    trainer.optimizers[0].step = lambda: (rates.append([group["lr"] for group in groups]), step())
+    _, curves = run(trainer)
+    course = [0.5, 1, 1, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]  # of step 0 to 9, falling from 4 on
+    assert [matrices for matrices, _, _ in rates] == pytest.approx([0.02 * part for part in course])
+    assert [embedding for _, embedding, _ in rates] == pytest.approx([0.3 * part for part in course])
+    assert [head for _, _, head in rates] == pytest.approx([0.1 * part for part in course])
+    assert read_curve(curves["train"], "lr") == pytest.approx([0.02 * part for part in course])
+
+
+def test_the_modern_recipe_learns(make_trainer):
+    """From equal scores for all ids, in few steps."""
+    _, curves = run(make_trainer("run", **MODERN, max_iters=20, warmup_iters=0))
+    assert read_curve(curves["eval"], "val_loss")[0] == pytest.approx(math.log(300), rel=1e-6)
+    assert read_curve(curves["eval"], "val_loss")[-1] < 4.0
+
+
+def test_muon_under_float16_is_refused(make_trainer):
+    with pytest.raises(
+        EncoreError, match=r"^dtype: float16 does not go with optimizer: muon; set bfloat16 or float32$"
+    ):
+        make_trainer("run", **{**MODERN, "dtype": "float16"})
+
+
 def test_there_are_exactly_max_iters_steps_and_every_record_is_where_it_should_be(make_trainer):
     trainer = make_trainer("run", max_iters=7, log_interval=2, eval_interval=3, checkpoint_interval=4)
     _, curves = run(trainer)
     assert trainer.iter == 7
-    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {7}
+    assert {int(state["step"]) for state in trainer.optimizers[0].state.values()} == {7}
     assert read_curve(curves["train"], "iter") == [2, 4, 6, 7]
     assert read_curve(curves["eval"], "iter") == [0, 3, 6, 7]
     assert sorted(path.name for path in trainer.checkpoints.glob("iter-*")) == ["iter-0000004", "iter-0000007"]
@@ -87,7 +115,7 @@ def test_without_clipping_the_gradient_is_taken_as_it_is(make_trainer):
     moment = {}
     for trainer in (clipped, plain):
         run(trainer)
-        moments = torch.cat([state["exp_avg"].flatten() for state in trainer.optimizer.state.values()])
+        moments = torch.cat([state["exp_avg"].flatten() for state in trainer.optimizers[0].state.values()])
         moment[trainer.params.grad_clip] = moments.norm().item() / (1 - trainer.params.beta1)
     norm = plain.records.rows.train[0]["grad_norm"]
     assert norm == clipped.records.rows.train[0]["grad_norm"] > 0.1
@@ -116,13 +144,13 @@ def test_what_is_not_finite_stops_before_the_update(make_trainer, what):
             trainer.model.wpe.weight[3, 3] = float("inf")
     else:
         trainer.model.ln_f.weight.register_hook(lambda gradient: gradient * float("inf"))
-    before, moments = weights_of(trainer), copy.deepcopy(trainer.optimizer.state_dict()["state"])
+    before, moments = weights_of(trainer), copy.deepcopy(trainer.optimizers[0].state_dict()["state"])
     with pytest.raises(EncoreError, match=r"^iteration 3: .* at learning rate 0\.002, in windows (\d+, ){8}") as error:
         trainer.run(NO_STOP)
     assert ("the loss is nan" in str(error.value)) == (what == "loss")
     assert trainer.iter == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(trainer).items())
-    for number, state in trainer.optimizer.state_dict()["state"].items():
+    for number, state in trainer.optimizers[0].state_dict()["state"].items():
         assert all(torch.equal(tensor, moments[number][key]) for key, tensor in state.items())
 
 

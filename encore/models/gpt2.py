@@ -11,10 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from encore.loss import cross_entropies, mean_cross_entropy
-
-# Matrix products are fastest where the vocabulary is a multiple of this. The ids in between are never used:
-# they take no part in the loss, cannot be sampled and are not exported.
-VOCAB_MULTIPLE = 64
+from encore.models.cache import Cache
+from encore.models.vocabulary import pad_vocab
 
 
 @dataclass(frozen=True)
@@ -28,30 +26,6 @@ class GPT2Config:
     n_embd: int
     bias: bool
     dropout: float = 0.0
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding."""
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-class Cache:
-    """Keys and values of the tokens that a model has seen, so that the next one costs only its own work."""
-
-    def __init__(self, n_layer: int) -> None:
-        self.layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * n_layer
-
-    @property
-    def length(self) -> int:
-        """How many tokens that is."""
-        return self.layers[0][0].shape[2] if self.layers[0] else 0
-
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer with these, (B, H, T, D), added: (B, H, length + T, D)."""
-        if kept := self.layers[layer]:
-            k, v = torch.cat([kept[0], k], dim=2), torch.cat([kept[1], v], dim=2)
-        self.layers[layer] = k, v
-        return k, v
 
 
 class Attention(nn.Module):
@@ -114,7 +88,7 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wte = nn.Embedding(pad_vocab(config.vocab_size), config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -130,6 +104,20 @@ class GPT2(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer's layers."""
+        return self.h
+
+    def count_parameters(self) -> int:
+        """Parameters without the padding of the vocabulary; the shared embedding counts once."""
+        padding = (pad_vocab(self.config.vocab_size) - self.config.vocab_size) * self.config.n_embd
+        return sum(parameter.numel() for parameter in self.parameters()) - padding
+
+    def count_factors(self) -> int:
+        """Parameters that each token is multiplied with: all but the embedding of the positions, which is looked up."""
+        return sum(parameter.numel() for parameter in self.parameters()) - self.wpe.weight.numel()
 
     def logits(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Scores of the next token, (B, T, V), for ids `idx` (B, T) with T at most block_size.
@@ -156,9 +144,3 @@ class GPT2(nn.Module):
         for layer, block in enumerate(self.h):
             x = block(x, cache, layer)
         return self.ln_f(x)
-
-
-def count_parameters(model: GPT2) -> int:
-    """Parameters without the padding of the vocabulary; the shared embedding counts once."""
-    padding = (model.config.padded_vocab_size - model.config.vocab_size) * model.config.n_embd
-    return sum(parameter.numel() for parameter in model.parameters()) - padding

@@ -1,0 +1,105 @@
+"""A step of nanochat's model by Muon against a step of GPT-2 by AdamW, of the same sizes, and what each is made of.
+
+    python -m bench.recipes [--model 4x128|6x384|gpt2] [--vocab-size N] [--rounds N] [--compile]
+
+The recipes take turns, in one process, on the best device there is. Data and logging are left out: they are the same.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+
+from bench.train import MODELS
+from encore.device import autocast, find_hardware
+from encore.flops import synchronize
+from encore.models.architectures import Model, make_config, make_model
+from encore.optim import make_optimizers
+from encore.params import StageParams
+
+WARM_UP_ROUNDS = 2
+SHARED = {"bias": False, "dropout": 0.0, "beta2": 0.95, "weight_decay": 0.0}
+RECIPES = {
+    "GPT-2, AdamW": {**SHARED, "architecture": "gpt2", "optimizer": "adamw", "learning_rate": 1e-3, "beta1": 0.9},
+    "nanochat, Muon": {
+        **SHARED,
+        "architecture": "nanochat",
+        "optimizer": "muon",
+        "learning_rate": 0.02,
+        "embedding_lr": 0.3,
+        "head_lr": 0.004,
+        "beta1": 0.8,
+    },
+}
+
+
+class Recipe:
+    """A model with its optimizers and a batch, whose step is clocked part by part."""
+
+    def __init__(self, page: dict, vocab_size: int, compiles: bool) -> None:
+        params = StageParams("train", page)
+        self.hardware = find_hardware("auto", compiles)
+        torch.manual_seed(0)
+        self.model: Model = make_model(make_config(params, vocab_size)).to(self.hardware.device)
+        self.forward = torch.compile(self.model) if self.hardware.compiles else self.model
+        self.optimizers = make_optimizers(self.model, params)
+        self.batch = torch.randint(
+            vocab_size, (page["batch_size"], page["block_size"] + 1), device=self.hardware.device
+        )
+
+    def step(self) -> dict[str, float]:
+        """Seconds of its parts."""
+        seconds = {}
+
+        def clock(name: str, work: Callable[[], object]) -> None:
+            synchronize(self.hardware.device)
+            started = time.perf_counter()
+            work()
+            synchronize(self.hardware.device)
+            seconds[name] = time.perf_counter() - started
+
+        clock("forward and backward", self.compute_gradients)
+        for optimizer in self.optimizers:
+            clock(type(optimizer).__name__, optimizer.step)
+            optimizer.zero_grad(set_to_none=True)
+        return {**seconds, "step": sum(seconds.values())}
+
+    def compute_gradients(self) -> None:
+        with autocast(self.hardware.device, self.hardware.dtype):
+            loss = self.forward(self.batch[:, :-1], self.batch[:, 1:])
+        loss.backward()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m bench.recipes", description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="4x128")
+    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--compile", action="store_true")
+    arguments = parser.parse_args()
+    sizes = MODELS[arguments.model]
+    recipes = {
+        name: Recipe({**page, **sizes}, arguments.vocab_size, arguments.compile) for name, page in RECIPES.items()
+    }
+    rounds = [
+        {name: recipe.step() for name, recipe in recipes.items()} for _ in range(WARM_UP_ROUNDS + arguments.rounds)
+    ][WARM_UP_ROUNDS:]
+
+    hardware = next(iter(recipes.values())).hardware
+    print(
+        f"{arguments.model}, {sizes['batch_size']} x {sizes['block_size']} tokens, {arguments.vocab_size:,} ids, "
+        f"{hardware}, torch {torch.__version__}, medians of {arguments.rounds}:"
+    )
+    for name in recipes:
+        medians = {part: statistics.median(each[name][part] for each in rounds) for part in rounds[0][name]}
+        print(f"  {name:15s} " + ", ".join(f"{part} {1e3 * value:.1f} ms" for part, value in medians.items()))
+    (first, second), *_ = pairwise(recipes)
+    ratio = statistics.median(each[second]["step"] / each[first]["step"] for each in rounds)
+    print(f"step of the second over the first: {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""nanochat's model (Karpathy 2025), with the names that transformers' NanoChatForCausalLM gives its weights.
+
+It differs from GPT-2 in what has been found since: positions are rotations of queries and keys (Su et al. 2021), which
+are normalised (Henry et al. 2020), norms have no weights and no mean (Zhang and Sennrich 2019), the MLP squares a ReLU
+(So et al. 2021), the output matrix is not the embedding, its scores are soft-capped (Gemma Team 2024), nothing has a
+bias.
+
+Shapes: B sequences in a batch, T tokens in a sequence, C = n_embd, H = n_head, D = C / H, V ids in the vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from encore.loss import cross_entropies, mean_cross_entropy, soft_cap
+from encore.models.cache import Cache
+from encore.models.vocabulary import pad_vocab
+
+EPS = 1e-6
+ROPE_THETA = 10_000.0
+SOFT_CAP = 15.0  # scores stay within plus and minus this
+
+
+@dataclass(frozen=True)
+class NanoChatConfig:
+    """The shape of a model. `vocab_size` is the tokenizer's; the matrices are padded to the next multiple of 64.
+
+    Rotations take numbers by pairs, so n_embd / n_head must be even.
+    """
+
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """x over the root of its mean square, along the last dimension."""
+    return F.rms_norm(x, (x.shape[-1],), eps=EPS)
+
+
+def find_rotations(length: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the angles by which the pairs of a query or key turn, (length, D / 2) float32 each."""
+    speeds = ROPE_THETA ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), speeds)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Queries or keys x (B, H, T, D), whose pairs lie D / 2 apart, turned backwards by angles (T, D / 2)."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos + right * sin, right * cos - left * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over all heads at once."""
+
+    def __init__(self, config: NanoChatConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        # Separate, since Muon makes each matrix orthogonal by itself.
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: Cache | None = None, layer: int = 0
+    ) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            project(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        if cache:
+            k, v = cache.extend(layer, k, v)
+        # A single token behind others sees them all.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=k.shape[2] == T)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Four times wider inside."""
+
+    def __init__(self, config: NanoChatConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.fc2 = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.relu(self.fc1(x)).square())
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and beside a residual path."""
+
+    def __init__(self, config: NanoChatConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: Cache | None = None, layer: int = 0
+    ) -> torch.Tensor:
+        x = x + self.self_attn(norm(x), cos, sin, cache, layer)
+        return x + self.mlp(norm(x))
+
+
+class NanoChat(nn.Module):
+    """The language model."""
+
+    cos: torch.Tensor  # (block_size, D / 2)
+    sin: torch.Tensor
+
+    def __init__(self, config: NanoChatConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(pad_vocab(config.vocab_size), config.n_embd)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.lm_head = nn.Linear(config.n_embd, pad_vocab(config.vocab_size), bias=False)
+        for name, table in zip(
+            ("cos", "sin"), find_rotations(config.block_size, config.n_embd // config.n_head), strict=True
+        ):
+            self.register_buffer(name, table, persistent=False)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """A normal embedding of deviation 1, uniform matrices of deviation 1 / sqrt(C), and zeros in the head and in
+        what is added to the residual path, so that the untrained model gives each id the same score."""
+        bound = (3 / self.config.n_embd) ** 0.5
+        nn.init.normal_(self.embed_tokens.weight)
+        nn.init.zeros_(self.lm_head.weight)
+        for name, parameter in self.layers.named_parameters():
+            if name.endswith(("o_proj.weight", "fc2.weight")):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer's layers."""
+        return self.layers
+
+    def count_parameters(self) -> int:
+        """Parameters without the padding of the vocabulary, which two matrices have."""
+        padding = (pad_vocab(self.config.vocab_size) - self.config.vocab_size) * self.config.n_embd
+        return sum(parameter.numel() for parameter in self.parameters()) - 2 * padding
+
+    def count_factors(self) -> int:
+        """Parameters that each token is multiplied with: all but the embedding, which is looked up."""
+        return sum(parameter.numel() for parameter in self.parameters()) - self.embed_tokens.weight.numel()
+
+    def logits(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """Scores of the next token, (B, T, V), for ids `idx` (B, T) with T at most block_size.
+
+        Where `cache` holds earlier tokens, T is 1; it takes these up.
+        """
+        scores = F.linear(self._hidden(idx, cache), self.lm_head.weight[: self.config.vocab_size])
+        return soft_cap(scores, SOFT_CAP)
+
+    def token_losses(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy in nats of each target, (B, T) float32, without gradients."""
+        x = self._hidden(idx).flatten(0, 1)
+        losses = cross_entropies(x, self.lm_head.weight, targets.flatten(), self.config.vocab_size, SOFT_CAP)
+        return losses.view(targets.shape)
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy in nats over all targets (B, T)."""
+        x = self._hidden(idx).flatten(0, 1)
+        return mean_cross_entropy(x, self.lm_head.weight, targets.flatten(), self.config.vocab_size, SOFT_CAP)
+
+    def _hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """What the output matrix is applied to, (B, T, C)."""
+        start = cache.length if cache else 0
+        here = slice(start, start + idx.shape[1])
+        x = norm(self.embed_tokens(idx))
+        for layer, block in enumerate(self.layers):
+            x = block(x, self.cos[here], self.sin[here], cache, layer)
+        return norm(x)

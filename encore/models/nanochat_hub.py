@@ -1,0 +1,76 @@
+"""nanochat's weights as transformers' NanoChatForCausalLM has them, and the way back: the same names but for a prefix,
+and no padding of the vocabulary."""
+
+from typing import Any
+
+import torch
+
+from encore.models.nanochat import EPS, ROPE_THETA, SOFT_CAP, NanoChat, NanoChatConfig
+from encore.models.vocabulary import pad_rows
+
+HEAD = "lm_head.weight"
+PADDED = ("embed_tokens.weight", HEAD)
+
+
+def to_hub_config(config: NanoChatConfig) -> dict[str, Any]:
+    """transformers' NanoChatConfig of a model; the end-of-text token begins and ends a text."""
+    end_of_text = config.vocab_size - 1
+    return {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.block_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": 4 * config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_head,
+        "hidden_act": "relu2",
+        "rms_norm_eps": EPS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
+        "final_logit_softcapping": SOFT_CAP,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+    }
+
+
+def to_hub(model: NanoChat) -> dict[str, torch.Tensor]:
+    """The weights under transformers' names and in its shapes."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name in PADDED:
+            tensor = tensor[: model.config.vocab_size]
+        tensors[_hub_name(name)] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def from_hub_config(config: dict[str, Any]) -> NanoChatConfig:
+    """The shape that transformers' configuration gives. Raises KeyError."""
+    return NanoChatConfig(
+        vocab_size=config["vocab_size"],
+        block_size=config["max_position_embeddings"],
+        n_layer=config["num_hidden_layers"],
+        n_head=config["num_attention_heads"],
+        n_embd=config["hidden_size"],
+    )
+
+
+def from_hub(tensors: dict[str, torch.Tensor], model: NanoChat) -> dict[str, torch.Tensor]:
+    """A state dict for `model` from transformers' weights; the padding of the vocabulary is zero.
+
+    Raises KeyError and RuntimeError where they do not belong together.
+    """
+    state = {}
+    for name, mine in model.state_dict().items():
+        tensor = tensors[_hub_name(name)]
+        state[name] = pad_rows(tensor, model.config.vocab_size, len(mine)) if name in PADDED else tensor
+    return state
+
+
+def _hub_name(name: str) -> str:
+    return name if name == HEAD else f"model.{name}"
