@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from encore.export import save_model
 from encore.models.gpt2 import GPT2, GPT2Config
+from encore.models.nanochat import NanoChat, NanoChatConfig
 from encore.tasks import fetch_tasks
 from encore.token_files import RANKS_FILE
 from stages import evaluate
@@ -53,6 +54,14 @@ def test_every_token_of_the_val_split_counts_once(model, tmp_path, tokens_folder
     assert result["loss"] == pytest.approx(nats / 699, rel=1e-6)
     assert result["perplexity"] == pytest.approx(math.exp(nats / 699), rel=1e-5)
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / (3 * 700), rel=1e-6)
+
+
+def test_a_nanochat_is_evaluated_and_writes(model, tmp_path, tokens_folder):
+    """A model whose head is zeros gives each of the 300 ids the same score."""
+    nanochat = NanoChat(NanoChatConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32))
+    save_model(tmp_path / "model", nanochat, (tokens_folder / RANKS_FILE).read_bytes(), {})
+    assert run(tmp_path)["loss"] == pytest.approx(math.log(300), rel=1e-6)
+    assert (tmp_path / "metrics/samples.md").read_text().count("~~~~~~") == 2 * 3
 
 
 def test_the_number_of_tokens_at_a_time_changes_nothing(model, tmp_path, monkeypatch):

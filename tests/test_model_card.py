@@ -9,7 +9,9 @@ from ruamel.yaml import YAML
 from encore.export import save_model
 from encore.hub_tokenizer import save_hub_tokenizer
 from encore.model_card import CARD, USE, write_card
-from encore.models.gpt2 import GPT2, GPT2Config
+from encore.models.architectures import make_model
+from encore.models.gpt2 import GPT2Config
+from encore.models.nanochat import NanoChatConfig
 from encore.ranks import write_ranks
 from encore.tokenizer import train_bpe
 
@@ -77,16 +79,25 @@ def test_only_data_of_the_hub_is_named_to_the_hub(tmp_path):
     assert "datasets" not in front_matter(make_card(tmp_path / "model", dataset="package:sympy"))
 
 
-def test_its_code_runs_on_a_model_folder(tmp_path, monkeypatch, capsys):
+SHAPE = {"vocab_size": 290, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 16}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [("gpt2", GPT2Config(**SHAPE, bias=False)), ("nanochat", NanoChatConfig(**SHAPE))],
+    ids=["gpt2", "nanochat"],
+)
+def test_its_code_runs_on_a_model_folder(tmp_path, monkeypatch, capsys, architecture, config):
     pytest.importorskip("transformers")
     ranks = train_bpe(["Once upon a time there was a model. " * 3, "It wrote what it had read."], 290)
     torch.manual_seed(0)
-    model = GPT2(GPT2Config(vocab_size=290, block_size=64, n_layer=1, n_head=2, n_embd=16, bias=False))
+    model = make_model(config)
     folder = tmp_path / "model"
     folder.mkdir()
     save_model(folder, model, write_ranks(ranks), {})
     save_hub_tokenizer(folder, ranks, 64)
-    write_card(folder, RECORD, SUMMARY)
+    write_card(folder, {**RECORD, "params": {**RECORD["params"], "architecture": architecture}}, SUMMARY)
+    assert f"# A {'GPT-2' if architecture == 'gpt2' else 'nanochat model'} trained" in (folder / CARD).read_text()
     assert f"```python\n{USE}```" in (folder / CARD).read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

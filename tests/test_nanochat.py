@@ -1,14 +1,17 @@
 """The model against transformers' NanoChat, its counts against published ones, and what it must not depend on."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from encore.export import load_model, save_model
+from encore.errors import EncoreError
+from encore.export import load_initial, load_model, save_model
 from encore.flops import flops_per_token
-from encore.init_from import Shape, read_shape
+from encore.init_from import Shape, find_misfits, read_shape
 from encore.models.cache import Cache
+from encore.models.gpt2 import GPT2Config
 from encore.models.nanochat import SOFT_CAP, NanoChat, NanoChatConfig
 from encore.models.nanochat_hub import from_hub, to_hub, to_hub_config
 
@@ -79,6 +82,43 @@ def test_transformers_reads_our_folder_and_we_read_theirs(tmp_path, monkeypatch)
     assert (load_model(theirs).logits(tokens) - expected).abs().max() < 1e-4
     shape = Shape("nanochat", n_layer=3, n_head=4, n_embd=32, bias=False, block_size=24)
     assert read_shape(ours) == read_shape(theirs) == shape
+
+
+def test_training_can_start_from_its_weights_with_a_shorter_context(tmp_path):
+    model, tokens = make_model().eval(), make_tokens(length=16)
+    save_model(tmp_path, model, b"ranks", {})
+    start = load_initial(tmp_path, replace(SMALL, block_size=16), b"ranks")
+    assert torch.equal(start.logits(tokens), model.logits(tokens))
+    with pytest.raises(
+        EncoreError, match=f"^{tmp_path} holds another model than params.yaml describes: NanoChatConfig"
+    ):
+        load_initial(tmp_path, replace(SMALL, block_size=25), b"ranks")
+    gpt2 = GPT2Config(vocab_size=301, block_size=24, n_layer=3, n_head=4, n_embd=32, bias=False)
+    with pytest.raises(
+        EncoreError, match=f"^{tmp_path} holds another model than params.yaml describes: NanoChatConfig"
+    ):
+        load_initial(tmp_path, gpt2, b"ranks")
+    page = {**gpt2.__dict__, "architecture": "gpt2", "init_from": f"{tmp_path}/", "tokenizer": "bpe"}
+    assert find_misfits(page) == [
+        f"architecture: gpt2 is not what the weights of init_from, {tmp_path}/, have: nanochat"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("num_key_value_heads", 2, "as many heads for keys and values as for queries"),
+        ("intermediate_size", 100, "an MLP four times wider"),
+        ("final_logit_softcapping", 30.0, "Encore computes with 15.0 only"),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 10_000.0}, "Encore computes with"),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(tmp_path, key, value, told):
+    save_model(tmp_path, make_model(), b"ranks", {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(EncoreError, match=told):
+        read_shape(tmp_path)
 
 
 def test_the_untrained_model_gives_each_id_the_same_score():
