@@ -10,7 +10,6 @@ import torch
 from encore import generate as command
 from encore.errors import EncoreError
 from encore.generate import generate, generate_with_scores, sample
-from encore.models.cache import Cache
 from encore.models.gpt2 import GPT2, GPT2Config
 from encore.token_files import RANKS_FILE
 from encore.tokenizer import load_tokenizer
@@ -86,22 +85,6 @@ def test_the_scores_are_the_model_s_whatever_the_sampling(model):
         assert torch.allclose(scores, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
         ids.append(token)
     assert len(ids) == 14
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("first", [1, 3, 7])
-def test_scores_behind_kept_tokens_are_those_of_the_whole_text(bias, first):
-    torch.manual_seed(0)
-    model = GPT2(GPT2Config(vocab_size=70, block_size=8, n_layer=3, n_head=2, n_embd=16, bias=bias)).eval()
-    idx = torch.randint(70, (2, 8))
-    cache = Cache(3)
-    with torch.no_grad():
-        whole = model.logits(idx)
-        parts = [model.logits(idx[:, :first], cache)]
-        for position in range(first, 8):
-            assert cache.length == position
-            parts.append(model.logits(idx[:, position : position + 1], cache))
-    assert torch.allclose(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-6 * whole.abs().max().item())
 
 
 def test_among_one_token_there_is_no_choice(model):

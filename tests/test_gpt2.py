@@ -11,6 +11,7 @@ from encore.models import gpt2
 from encore.models.gpt2 import GPT2, GPT2Config
 from encore.models.gpt2_hub import from_hub, to_hub, to_hub_config
 from encore.models.vocabulary import pad_vocab
+from tests.small_models import assert_near, make_tokens
 
 SMALL = GPT2Config(vocab_size=301, block_size=24, n_layer=3, n_head=4, n_embd=32, bias=True)
 GPT2_124M = GPT2Config(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True)
@@ -24,16 +25,6 @@ def make_model(seed=0, **changes):
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
     return model
-
-
-def make_tokens(batch=3, length=21, seed=1):
-    return torch.randint(SMALL.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def assert_near(actual, expected, what, relative=1e-5):
-    difference, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
-    assert actual.shape == expected.shape, what
-    assert difference <= relative * scale, f"{what}: off by {difference:.3g} where the largest is {scale:.3g}"
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -65,16 +56,6 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(bias):
             assert_near(parameter.grad, expected[name], f"gradient of {name}")
 
 
-def test_token_losses_are_the_negative_log_probabilities_of_the_targets():
-    model, tokens = make_model(), make_tokens()
-    idx, targets = tokens[:, :-1], tokens[:, 1:]
-    expected = -model.logits(idx).double().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    losses = model.token_losses(idx, targets)
-    assert losses.dtype == torch.float32
-    assert_near(losses.double(), expected, "token losses")
-    assert_near(model(idx, targets).double(), expected.mean(), "mean loss")
-
-
 @pytest.mark.parametrize("n_layer", [2, 8])
 def test_initial_weights_have_the_deviations_of_the_paper(n_layer):
     torch.manual_seed(0)
@@ -102,35 +83,6 @@ def test_the_smallest_gpt2_has_the_published_number_of_parameters(bias, count):
 @pytest.mark.parametrize(("vocab_size", "padded"), [(1, 64), (64, 64), (65, 128), (50257, 50304)])
 def test_vocabulary_is_padded_to_the_next_multiple_of_64(vocab_size, padded):
     assert pad_vocab(vocab_size) == padded
-
-
-def test_padding_is_not_in_the_logits_the_loss_or_the_gradient():
-    model, tokens = make_model(), make_tokens()
-    assert len(model.wte.weight) == 320
-    loss = model(tokens[:, :-1], tokens[:, 1:])
-    loss.backward()
-    assert model.logits(tokens).shape == (3, 21, 301)
-    assert not model.wte.weight.grad[301:].any()
-    with torch.no_grad():
-        model.wte.weight[301:] = 1e4
-    assert model(tokens[:, :-1], tokens[:, 1:]).item() == loss.item()
-
-
-def test_a_token_changes_its_own_and_later_logits_and_none_before():
-    model, tokens = make_model(), make_tokens()
-    before = model.logits(tokens)
-    for position in (0, 7, 20):
-        changed = tokens.clone()
-        changed[:, position] = (changed[:, position] + 1) % SMALL.vocab_size
-        difference = (model.logits(changed) - before).abs().amax(dim=(0, 2))
-        assert not difference[:position].any()
-        assert (difference[position:] > 1e-4).all()
-
-
-def test_position_matters():
-    model = make_model()
-    logits = model.logits(torch.full((1, 5), 7))
-    assert (logits[0, 1:] - logits[0, :1]).abs().amax(dim=1).min() > 1e-3
 
 
 def test_dropout_acts_in_training_mode_only():

@@ -10,10 +10,10 @@ from encore.errors import EncoreError
 from encore.export import load_initial, load_model, save_model
 from encore.flops import flops_per_token
 from encore.init_from import Shape, find_misfits, read_shape
-from encore.models.cache import Cache
 from encore.models.gpt2 import GPT2Config
 from encore.models.nanochat import SOFT_CAP, NanoChat, NanoChatConfig
 from encore.models.nanochat_hub import from_hub, to_hub, to_hub_config
+from tests.small_models import assert_near, make_tokens
 
 SMALL = NanoChatConfig(vocab_size=301, block_size=24, n_layer=3, n_head=4, n_embd=32)
 D20 = NanoChatConfig(vocab_size=65_536, block_size=2048, n_layer=20, n_head=10, n_embd=1280)
@@ -27,16 +27,6 @@ def make_model(seed=0):
         for parameter in model.parameters():
             parameter.normal_()
     return model
-
-
-def make_tokens(batch=3, length=21, seed=1):
-    return torch.randint(SMALL.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def assert_near(actual, expected, what, relative=1e-5):
-    difference, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
-    assert actual.shape == expected.shape, what
-    assert difference <= relative * scale, f"{what}: off by {difference:.3g} where the largest is {scale:.3g}"
 
 
 def test_logits_loss_and_gradients_equal_those_of_transformers():
@@ -141,45 +131,3 @@ def test_d20_has_the_published_number_of_parameters():
     assert odd.count_parameters() == 560_988_160 - 2 * 6 * 1280
     # 6 operations for each weight but the embedding's, and 12 T for each layer's numbers: scores and their use.
     assert flops_per_token(model) == 6 * (560_988_160 - 65_536 * 1280) + 12 * 20 * 1280 * 2048
-
-
-def test_padding_is_not_in_the_logits_the_loss_or_the_gradient():
-    model, tokens = make_model(), make_tokens()
-    assert len(model.lm_head.weight) == len(model.embed_tokens.weight) == 320
-    loss = model(tokens[:, :-1], tokens[:, 1:])
-    loss.backward()
-    assert model.logits(tokens).shape == (3, 21, 301)
-    assert not model.lm_head.weight.grad[301:].any()
-    with torch.no_grad():
-        model.lm_head.weight[301:] = 1e4
-    assert model(tokens[:, :-1], tokens[:, 1:]).item() == loss.item()
-
-
-def test_token_losses_are_the_negative_log_probabilities_of_the_targets():
-    model, tokens = make_model(), make_tokens()
-    idx, targets = tokens[:, :-1], tokens[:, 1:]
-    expected = -model.logits(idx).double().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    losses = model.token_losses(idx, targets)
-    assert losses.dtype == torch.float32
-    assert_near(losses.double(), expected, "token losses")
-
-
-def test_a_token_changes_its_own_and_later_logits_and_none_before():
-    model, tokens = make_model(), make_tokens()
-    before = model.logits(tokens)
-    for position in (0, 7, 20):
-        changed = tokens.clone()
-        changed[:, position] = (changed[:, position] + 1) % SMALL.vocab_size
-        difference = (model.logits(changed) - before).abs().amax(dim=(0, 2))
-        assert not difference[:position].any()
-        assert (difference[position:] > 1e-4).all()
-
-
-@pytest.mark.parametrize("first", [1, 3, 20])
-def test_scores_behind_kept_tokens_are_those_of_the_whole_text(first):
-    model, idx, cache = make_model().eval(), make_tokens(), Cache(3)
-    with torch.no_grad():
-        whole = model.logits(idx)
-        parts = [model.logits(idx[:, :first], cache)]
-        parts += [model.logits(idx[:, position : position + 1], cache) for position in range(first, 21)]
-    assert_near(torch.cat(parts, dim=1), whole, "scores")
