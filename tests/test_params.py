@@ -9,14 +9,14 @@ import pytest
 
 from encore.errors import EncoreError
 from encore.params import Params, StageParams, check_page, find_problems, find_warnings, load_params
-from tests.conftest import MODERN, QUICKSTART, ROOT, read_page, write_page
+from tests.conftest import MODERN, PAGE, ROOT, read_page, write_page
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def test_there_are_presets_and_quickstart_is_one() -> None:
-    assert QUICKSTART in PRESETS
+def test_the_presets_are_found() -> None:
+    assert {"quickstart.yaml", PAGE.name} < {path.name for path in PRESETS}
 
 
 @pytest.mark.parametrize("path", [*PRESETS, ROOT / "params.yaml"], ids=lambda path: path.name)
@@ -260,7 +260,7 @@ def test_numbers_arrive_as_numbers_however_they_are_written(
     tmp_path: Path, key: str, text: str, value: float | str | None
 ) -> None:
     page = tmp_path / "params.yaml"
-    lines = [f"{key}: {text}" if line.startswith(f"{key}:") else line for line in QUICKSTART.read_text().splitlines()]
+    lines = [f"{key}: {text}" if line.startswith(f"{key}:") else line for line in PAGE.read_text().splitlines()]
     page.write_text("\n".join(lines))
     read = getattr(check_page(page), key)
     assert read == value
@@ -270,7 +270,7 @@ def test_numbers_arrive_as_numbers_however_they_are_written(
 @pytest.mark.parametrize("word", ["on", "off", "no", "yes", "y"])
 def test_the_booleans_of_yaml_1_1_are_words_as_they_are_to_dvc(tmp_path: Path, word: str) -> None:
     page = tmp_path / "params.yaml"
-    page.write_text(QUICKSTART.read_text().replace("bias: false", f"bias: {word}"))
+    page.write_text(PAGE.read_text().replace("bias: false", f"bias: {word}"))
     with pytest.raises(EncoreError, match=f"bias: '{word}' will not do"):
         check_page(page)
 

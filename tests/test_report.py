@@ -18,7 +18,7 @@ from encore.report import render
 from encore.results import add_clocks, load_results, read_params, read_tsv, split_samples
 from encore.revisions import find_revision
 from tests.browser import chromium_page
-from tests.conftest import QUICKSTART, pipeline_environment, run_dvc
+from tests.conftest import PAGE, pipeline_environment, run_dvc
 
 
 def run_report(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -131,8 +131,8 @@ def test_a_step_without_a_norm_is_a_gap() -> None:
 
 
 def test_each_parameter_has_its_meaning_and_group() -> None:
-    params = read_params(QUICKSTART.read_text())
-    lines = dict(re.findall(r"^(\w+): .*? # (.*)$", QUICKSTART.read_text(), re.M))
+    params = read_params(PAGE.read_text())
+    lines = dict(re.findall(r"^(\w+): .*? # (.*)$", PAGE.read_text(), re.M))
     assert {param.key: param.meaning for param in params} == lines
     assert list(dict.fromkeys(param.group for param in params)) == [
         "Data",
