@@ -9,7 +9,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 
@@ -96,7 +95,7 @@ def main() -> None:
     for name in recipes:
         medians = {part: statistics.median(each[name][part] for each in rounds) for part in rounds[0][name]}
         print(f"  {name:15s} " + ", ".join(f"{part} {1e3 * value:.1f} ms" for part, value in medians.items()))
-    (first, second), *_ = pairwise(recipes)
+    first, second = recipes
     ratio = statistics.median(each[second]["step"] / each[first]["step"] for each in rounds)
     print(f"step of the second over the first: {ratio:.2f}")
 
