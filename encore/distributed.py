@@ -98,7 +98,10 @@ class Ranks:
             register_fsdp_forward_method(model, "token_losses")
             return model
         return DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # tables of constants, the same everywhere
         )
 
     def without_sync(self, model: nn.Module, last: bool) -> AbstractContextManager:

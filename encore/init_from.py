@@ -13,6 +13,14 @@ from encore.errors import EncoreError
 SCRATCH = "scratch"
 CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "encore.json"
 # What transformers can be told to do otherwise, with weights of the same shapes.
+NANOCHAT = {
+    "hidden_act": "relu2",
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    "final_logit_softcapping": 15.0,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
 COMPUTED = {
     "gpt2": {
         "activation_function": "gelu_new",
@@ -21,15 +29,10 @@ COMPUTED = {
         "scale_attn_by_inverse_layer_idx": False,
         "tie_word_embeddings": True,
     },
-    "nanochat": {
-        "hidden_act": "relu2",
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
-        "final_logit_softcapping": 15.0,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-    },
+    "nanochat": NANOCHAT,
+    "nanochat-ve": NANOCHAT,
 }
+NAMES = "gpt2, nanochat or nanochat-ve"
 
 
 class Shape(NamedTuple):
@@ -80,23 +83,21 @@ def read_shape(folder: Path) -> Shape:
         config = json.loads((folder / CONFIG).read_bytes())
         architecture = config["model_type"]
         if architecture not in COMPUTED:
-            raise EncoreError(
-                f"init_from: {folder} holds a {architecture}; name the folder of a {' or '.join(COMPUTED)}"
-            )
+            raise EncoreError(f"init_from: {folder} holds a {architecture}; name the folder of a {NAMES}")
         for key, value in COMPUTED[architecture].items():
             if config.get(key, value) != value:
                 raise EncoreError(
                     f"init_from: {folder / CONFIG} has {key}: {config[key]}, where Encore computes with {value} only; "
                     "name other weights"
                 )
-        if architecture == "nanochat":
+        if architecture != "gpt2":
             return _nanochat_shape(config)
         # Only Encore has models without biases, and says so in its record.
         bias = json.loads((folder / RECORD).read_bytes())["bias"] if (folder / RECORD).exists() else True
         return Shape("gpt2", config["n_layer"], config["n_head"], config["n_embd"], bias, config["n_positions"])
     except (KeyError, TypeError, ValueError) as error:
         raise EncoreError(
-            f"init_from: {folder} does not say which {' or '.join(COMPUTED)} it holds ({error!r}); name one that "
+            f"init_from: {folder} does not say which {NAMES} it holds ({error!r}); name one that "
             "Encore or transformers has written"
         ) from None
 
@@ -107,7 +108,9 @@ def _nanochat_shape(config: dict[str, Any]) -> Shape:
         raise ValueError(
             "as many heads for keys and values as for queries, and an MLP four times wider, are all it has"
         )
-    return Shape("nanochat", config["num_hidden_layers"], n_head, n_embd, False, config["max_position_embeddings"])
+    return Shape(
+        config["model_type"], config["num_hidden_layers"], n_head, n_embd, False, config["max_position_embeddings"]
+    )
 
 
 def find_misfits(values: dict[str, Any]) -> list[str]:

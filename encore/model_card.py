@@ -10,7 +10,11 @@ from typing import Any
 from encore.files import write_whole
 
 CARD = "README.md"
-TITLES = {"gpt2": "A GPT-2", "nanochat": "A nanochat model"}
+TITLES = {
+    "gpt2": "A GPT-2",
+    "nanochat": "A nanochat model",
+    "nanochat-ve": "A nanochat model with value embeddings",
+}
 USE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +23,17 @@ tokenizer = AutoTokenizer.from_pretrained("model")
 prompt = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50, do_sample=True)[0]))
 """
+WITH_TRANSFORMERS = [
+    "```python",
+    *USE.splitlines(),
+    "```",
+    "",
+    "`python -m encore.generate --prompt Once` does the same without transformers.",
+]
+WITHOUT_TRANSFORMERS = [
+    "`python -m encore.generate --prompt Once`. transformers cannot load it: no model of its own has value embeddings.",
+    "",
+]
 
 
 def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) -> None:
@@ -26,7 +41,9 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
     data, params, versions = record["data"], record["params"], record["versions"]
     kind, _, place = data["dataset"].partition(":")
     datasets = [f"datasets: [{'/'.join(place.split('/')[:2])}]"] if kind == "hf" else []
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", *datasets, "---"]
+    is_known = params["architecture"] != "nanochat-ve"
+    library = ["library_name: transformers"] if is_known else []
+    front = ["---", *library, "pipeline_tag: text-generation", *datasets, "---"]
     facts = {
         "data": f"`{data['dataset']}` at `{data['dataset_revision']}`",
         "licence of the data": data["licence"] or "not named by the source: look there before you publish",
@@ -50,12 +67,8 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
         "",
         "## How to load it",
         "",
-        "```python",
-        *USE.splitlines(),
-        "```",
-        "",
-        "`python -m encore.generate --prompt Once` does the same without transformers. What it writes may be wrong,",
-        "offensive or copied from the data; it has had no further training.",
+        *(WITH_TRANSFORMERS if is_known else WITHOUT_TRANSFORMERS),
+        "What it writes may be wrong, offensive or copied from the data; it has had no further training.",
         "",
         "## How it was made",
         "",

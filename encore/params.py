@@ -81,7 +81,7 @@ class Params(BaseModel):
     val_fraction: Annotated[Real, Field(gt=0, lt=1)]
     split_seed: Annotated[Integer, Field(ge=0)]
 
-    architecture: Literal["gpt2", "nanochat"]
+    architecture: Literal["gpt2", "nanochat", "nanochat-ve"]
     n_layer: Positive
     n_head: Positive
     n_embd: Positive
@@ -225,7 +225,7 @@ def _find_conflicts(valid: dict[str, Any]) -> list[str]:
         if valid["warmup_iters"] > decay:
             name = "lr_decay_iters" if valid["lr_decay_iters"] else "max_iters"
             problems.append(f"warmup_iters: {valid['warmup_iters']} is above {name}, {decay}; warm up for less")
-    if have("architecture", "n_embd", "n_head", "bias", "dropout") and valid["architecture"] == "nanochat":
+    if have("architecture", "n_embd", "n_head", "bias", "dropout") and valid["architecture"] != "gpt2":
         problems += _find_what_nanochat_lacks(valid)
     if have("architecture", "optimizer", "embedding_lr", "head_lr"):
         problems += _find_wrong_rates(valid)
@@ -246,14 +246,15 @@ def _find_conflicts(valid: dict[str, Any]) -> list[str]:
 
 def _find_what_nanochat_lacks(valid: dict[str, Any]) -> list[str]:
     problems = []
+    name = valid["architecture"]
     if valid["bias"]:
-        problems.append("bias: True will not do; architecture nanochat has no biases, set false")
+        problems.append(f"bias: True will not do; architecture {name} has no biases, set false")
     if valid["dropout"]:
-        problems.append(f"dropout: {valid['dropout']} will not do; architecture nanochat drops nothing, set 0.0")
+        problems.append(f"dropout: {valid['dropout']} will not do; architecture {name} drops nothing, set 0.0")
     if valid["n_embd"] % (2 * valid["n_head"]):
         problems.append(
             f"n_head: {valid['n_head']} heads of width {valid['n_embd'] / valid['n_head']:g} will not do; architecture "
-            "nanochat rotates pairs of numbers, so n_embd must divide by 2 x n_head"
+            f"{name} rotates pairs of numbers, so n_embd must divide by 2 x n_head"
         )
     return problems
 
@@ -261,7 +262,7 @@ def _find_what_nanochat_lacks(valid: dict[str, Any]) -> list[str]:
 def _find_wrong_rates(valid: dict[str, Any]) -> list[str]:
     """AdamW has one learning rate, Muon's company has its own for the embeddings and for an output matrix."""
     muon = valid["optimizer"] == "muon"
-    wanted = {"embedding_lr": muon, "head_lr": muon and valid["architecture"] == "nanochat"}
+    wanted = {"embedding_lr": muon, "head_lr": muon and valid["architecture"] != "gpt2"}
     problems = []
     for key, is_wanted in wanted.items():
         if is_wanted and valid[key] is None:

@@ -10,7 +10,7 @@ import torch
 
 from encore.errors import EncoreError
 from encore.export import save_model
-from encore.init_from import PUBLISHED, Shape, find_misfits, read_shape
+from encore.init_from import NAMES, PUBLISHED, Shape, find_misfits, read_shape
 from encore.models.gpt2 import GPT2, GPT2Config
 from encore.models.gpt2_hub import to_hub_config
 
@@ -81,7 +81,9 @@ def test_a_missing_file_is_named(weights: Path, name: str) -> None:
 
 def test_another_architecture_is_refused(weights: Path) -> None:
     (weights / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama"}))
-    with pytest.raises(EncoreError, match=r"^init_from: weights holds a llama; name the folder of a gpt2 or nanochat$"):
+    with pytest.raises(
+        EncoreError, match=r"^init_from: weights holds a llama; name the folder of a gpt2, nanochat or nanochat-ve$"
+    ):
         read_shape(weights)
 
 
@@ -129,7 +131,7 @@ def test_what_encore_and_transformers_write_is_computed_alike(weights: Path) -> 
 )
 def test_a_folder_that_does_not_say_what_it_holds_is_refused(weights: Path, name: str, text: str, told: str) -> None:
     (weights / name).write_text(text)
-    sentence = rf"^init_from: weights does not say which gpt2 or nanochat it holds \({told}\); name one that Encore"
+    sentence = rf"^init_from: weights does not say which {NAMES} it holds \({told}\); name one that Encore"
     with pytest.raises(EncoreError, match=sentence):
         read_shape(weights)
 

@@ -79,6 +79,17 @@ def test_only_data_of_the_hub_is_named_to_the_hub(tmp_path):
     assert "datasets" not in front_matter(make_card(tmp_path / "model", dataset="package:sympy"))
 
 
+def test_what_transformers_cannot_load_says_so(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_card(folder, {**RECORD, "params": {**RECORD["params"], "architecture": "nanochat-ve"}}, SUMMARY)
+    card = (folder / CARD).read_text(encoding="utf-8")
+    assert "library_name" not in front_matter(card)
+    assert "# A nanochat model with value embeddings trained" in card
+    assert "transformers cannot load it" in card
+    assert "from_pretrained" not in card
+
+
 SHAPE = {"vocab_size": 290, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 16}
 
 

@@ -76,7 +76,10 @@ def problems_with(**changes: Any) -> list[str]:
             "as in [hellaswag, lambada_openai]",
         ),
         ({"evaluate_tasks": "hellaswag"}, "evaluate_tasks: 'hellaswag' will not do; it should be a valid list"),
-        ({"architecture": "llama"}, "architecture: 'llama' will not do; it should be 'gpt2' or 'nanochat'"),
+        (
+            {"architecture": "llama"},
+            "architecture: 'llama' will not do; it should be 'gpt2', 'nanochat' or 'nanochat-ve'",
+        ),
         *(
             (
                 {"init_from": start},

@@ -3,7 +3,8 @@
 It differs from GPT-2 in what has been found since: positions are rotations of queries and keys (Su et al. 2021), which
 are normalised (Henry et al. 2020), norms have no weights and no mean (Zhang and Sennrich 2019), the MLP squares a ReLU
 (So et al. 2021), the output matrix is not the embedding, its scores are soft-capped (Gemma Team 2024), nothing has a
-bias.
+bias. With value embeddings, which transformers' has not, every second layer adds to its values what it learns of the
+token itself (Zhou et al. 2024, there across layers; as embeddings in the NanoGPT speedrun).
 
 Shapes: B sequences in a batch, T tokens in a sequence, C = n_embd, H = n_head, D = C / H, V ids in the vocabulary.
 """
@@ -16,9 +17,9 @@ from torch.nn import functional as F
 
 from encore.loss import cross_entropies, mean_cross_entropy, soft_cap
 from encore.models.cache import Cache
+from encore.models.elementwise import rms_norm, squared_relu
 from encore.models.vocabulary import pad_vocab
 
-EPS = 1e-6
 ROPE_THETA = 10_000.0
 SOFT_CAP = 15.0  # scores stay within plus and minus this
 
@@ -27,7 +28,8 @@ SOFT_CAP = 15.0  # scores stay within plus and minus this
 class NanoChatConfig:
     """The shape of a model. `vocab_size` is the tokenizer's; the matrices are padded to the next multiple of 64.
 
-    Rotations take numbers by pairs, so n_embd / n_head must be even.
+    Rotations take numbers by pairs, so n_embd / n_head must be even. `value_embeddings`: the last layer, and every
+    second one before it, has an embedding for its values.
     """
 
     vocab_size: int
@@ -35,11 +37,7 @@ class NanoChatConfig:
     n_layer: int
     n_head: int
     n_embd: int
-
-
-def norm(x: torch.Tensor) -> torch.Tensor:
-    """x over the root of its mean square, along the last dimension."""
-    return F.rms_norm(x, (x.shape[-1],), eps=EPS)
+    value_embeddings: bool = False
 
 
 def find_rotations(length: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,14 +66,21 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: Cache | None = None, layer: int = 0
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        values: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        layer: int = 0,
     ) -> torch.Tensor:
+        """values: what is added to the values, (B, T, C)."""
         B, T, C = x.shape
-        q, k, v = (
-            project(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if values is not None:
+            v = v + values.to(v.dtype)
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
+        q, k = rms_norm(rotate(q, cos, sin)), rms_norm(rotate(k, cos, sin))
         if cache:
             k, v = cache.extend(layer, k, v)
         # A single token behind others sees them all.
@@ -92,7 +97,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.relu(self.fc1(x)).square())
+        return self.fc2(squared_relu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -104,10 +109,16 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: Cache | None = None, layer: int = 0
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        values: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        layer: int = 0,
     ) -> torch.Tensor:
-        x = x + self.self_attn(norm(x), cos, sin, cache, layer)
-        return x + self.mlp(norm(x))
+        x = x + self.self_attn(rms_norm(x), cos, sin, values, cache, layer)
+        return x + self.mlp(rms_norm(x))
 
 
 class NanoChat(nn.Module):
@@ -119,9 +130,12 @@ class NanoChat(nn.Module):
     def __init__(self, config: NanoChatConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(pad_vocab(config.vocab_size), config.n_embd)
+        padded = pad_vocab(config.vocab_size)
+        self.embed_tokens = nn.Embedding(padded, config.n_embd)
+        with_values = range((config.n_layer - 1) % 2, config.n_layer, 2) if config.value_embeddings else ()
+        self.value_embeds = nn.ModuleDict({str(layer): nn.Embedding(padded, config.n_embd) for layer in with_values})
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.lm_head = nn.Linear(config.n_embd, pad_vocab(config.vocab_size), bias=False)
+        self.lm_head = nn.Linear(config.n_embd, padded, bias=False)
         for name, table in zip(
             ("cos", "sin"), find_rotations(config.block_size, config.n_embd // config.n_head), strict=True
         ):
@@ -129,11 +143,13 @@ class NanoChat(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """A normal embedding of deviation 1, uniform matrices of deviation 1 / sqrt(C), and zeros in the head and in
-        what is added to the residual path, so that the untrained model gives each id the same score."""
+        """A normal embedding of deviation 1, uniform matrices of deviation 1 / sqrt(C), and zeros in the head, in what
+        is added to the residual path, and to values, so that the untrained model gives each id the same score."""
         bound = (3 / self.config.n_embd) ** 0.5
         nn.init.normal_(self.embed_tokens.weight)
         nn.init.zeros_(self.lm_head.weight)
+        for embedding in self.value_embeds.parameters():
+            nn.init.zeros_(embedding)
         for name, parameter in self.layers.named_parameters():
             if name.endswith(("o_proj.weight", "fc2.weight")):
                 nn.init.zeros_(parameter)
@@ -146,13 +162,13 @@ class NanoChat(nn.Module):
         return self.layers
 
     def count_parameters(self) -> int:
-        """Parameters without the padding of the vocabulary, which two matrices have."""
+        """Parameters without the padding of the vocabulary, which embeddings and head have."""
         padding = (pad_vocab(self.config.vocab_size) - self.config.vocab_size) * self.config.n_embd
-        return sum(parameter.numel() for parameter in self.parameters()) - 2 * padding
+        return sum(parameter.numel() for parameter in self.parameters()) - (2 + len(self.value_embeds)) * padding
 
     def count_factors(self) -> int:
-        """Parameters that each token is multiplied with: all but the embedding, which is looked up."""
-        return sum(parameter.numel() for parameter in self.parameters()) - self.embed_tokens.weight.numel()
+        """Parameters that each token is multiplied with: all but the embeddings, which are looked up."""
+        return sum(parameter.numel() for part in (self.layers, self.lm_head) for parameter in part.parameters())
 
     def logits(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Scores of the next token, (B, T, V), for ids `idx` (B, T) with T at most block_size.
@@ -177,7 +193,8 @@ class NanoChat(nn.Module):
         """What the output matrix is applied to, (B, T, C)."""
         start = cache.length if cache else 0
         here = slice(start, start + idx.shape[1])
-        x = norm(self.embed_tokens(idx))
+        x = rms_norm(self.embed_tokens(idx))
         for layer, block in enumerate(self.layers):
-            x = block(x, self.cos[here], self.sin[here], cache, layer)
-        return norm(x)
+            values = self.value_embeds[str(layer)](idx) if str(layer) in self.value_embeds else None
+            x = block(x, self.cos[here], self.sin[here], values, cache, layer)
+        return rms_norm(x)

@@ -1,23 +1,28 @@
 """nanochat's weights as transformers' NanoChatForCausalLM has them, and the way back: the same names but for a prefix,
-and no padding of the vocabulary."""
+and no padding of the vocabulary.
+
+With value embeddings the model is none of transformers'. It has the same files under a `model_type` of its own, which
+transformers refuses instead of leaving out what it does not know.
+"""
 
 from typing import Any
 
 import torch
 
-from encore.models.nanochat import EPS, ROPE_THETA, SOFT_CAP, NanoChat, NanoChatConfig
+from encore.models.elementwise import EPS
+from encore.models.nanochat import ROPE_THETA, SOFT_CAP, NanoChat, NanoChatConfig
 from encore.models.vocabulary import pad_rows
 
 HEAD = "lm_head.weight"
-PADDED = ("embed_tokens.weight", HEAD)
+PLAIN, WITH_VALUES = "nanochat", "nanochat-ve"
 
 
 def to_hub_config(config: NanoChatConfig) -> dict[str, Any]:
     """transformers' NanoChatConfig of a model; the end-of-text token begins and ends a text."""
     end_of_text = config.vocab_size - 1
     return {
-        "architectures": ["NanoChatForCausalLM"],
-        "model_type": "nanochat",
+        "architectures": ["EncoreNanoChatVE" if config.value_embeddings else "NanoChatForCausalLM"],
+        "model_type": WITH_VALUES if config.value_embeddings else PLAIN,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.block_size,
         "hidden_size": config.n_embd,
@@ -43,7 +48,7 @@ def to_hub(model: NanoChat) -> dict[str, torch.Tensor]:
     """The weights under transformers' names and in its shapes."""
     tensors = {}
     for name, tensor in model.state_dict().items():
-        if name in PADDED:
+        if _is_padded(name):
             tensor = tensor[: model.config.vocab_size]
         tensors[_hub_name(name)] = tensor.detach().cpu().contiguous()
     return tensors
@@ -57,6 +62,7 @@ def from_hub_config(config: dict[str, Any]) -> NanoChatConfig:
         n_layer=config["num_hidden_layers"],
         n_head=config["num_attention_heads"],
         n_embd=config["hidden_size"],
+        value_embeddings=config["model_type"] == WITH_VALUES,
     )
 
 
@@ -68,8 +74,12 @@ def from_hub(tensors: dict[str, torch.Tensor], model: NanoChat) -> dict[str, tor
     state = {}
     for name, mine in model.state_dict().items():
         tensor = tensors[_hub_name(name)]
-        state[name] = pad_rows(tensor, model.config.vocab_size, len(mine)) if name in PADDED else tensor
+        state[name] = pad_rows(tensor, model.config.vocab_size, len(mine)) if _is_padded(name) else tensor
     return state
+
+
+def _is_padded(name: str) -> bool:
+    return name == HEAD or "embed" in name
 
 
 def _hub_name(name: str) -> str:
