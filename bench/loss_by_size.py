@@ -2,9 +2,9 @@
 
     python -m bench.loss_by_size EXPERIMENT ... --predict LAYERSxWIDTH ...
 
-L(N) = E + A / N^alpha: equation 2 of Hoffmann et al. 2022 at one number of tokens, N being the parameters of the layers,
-12 x layers x width^2. The law is fitted twice: without the largest experiment, whose loss it then foretells as a check,
-and with all of them.
+L(N) = E + A / N^alpha: equation 2 of Hoffmann et al. 2022 at one number of tokens, N being the parameters of the
+layers, 12 x layers x width^2. The law is fitted twice: without the largest experiment, whose loss it then foretells
+as a check, and with all of them.
 """
 
 import argparse
