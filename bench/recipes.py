@@ -1,4 +1,5 @@
-"""A step of nanochat's model by Muon against a step of GPT-2 by AdamW, of the same sizes, and what each is made of.
+"""A step of nanochat's models by Muon against a step of GPT-2 by AdamW, of the same sizes, and what each is made of.
+nanochat's have heads of 128, as in its presets.
 
     python -m bench.recipes [--model 4x128|6x384|gpt2] [--vocab-size N] [--rounds N] [--compile]
 
@@ -21,17 +22,11 @@ from encore.params import StageParams
 
 WARM_UP_ROUNDS = 2
 SHARED = {"bias": False, "dropout": 0.0, "beta2": 0.95, "weight_decay": 0.0}
+MUON = {"optimizer": "muon", "learning_rate": 0.02, "embedding_lr": 0.3, "head_lr": 0.004, "beta1": 0.8}
 RECIPES = {
     "GPT-2, AdamW": {**SHARED, "architecture": "gpt2", "optimizer": "adamw", "learning_rate": 1e-3, "beta1": 0.9},
-    "nanochat, Muon": {
-        **SHARED,
-        "architecture": "nanochat",
-        "optimizer": "muon",
-        "learning_rate": 0.02,
-        "embedding_lr": 0.3,
-        "head_lr": 0.004,
-        "beta1": 0.8,
-    },
+    "nanochat, Muon": {**SHARED, **MUON, "architecture": "nanochat"},
+    "nanochat-ve, Muon": {**SHARED, **MUON, "architecture": "nanochat-ve"},
 }
 
 
@@ -39,6 +34,8 @@ class Recipe:
     """A model with its optimizers and a batch, whose step is clocked part by part."""
 
     def __init__(self, page: dict, vocab_size: int, compiles: bool) -> None:
+        if page["architecture"] != "gpt2":
+            page = {**page, "n_head": page["n_embd"] // 128}
         params = StageParams("train", page)
         self.hardware = find_hardware("auto", compiles)
         torch.manual_seed(0)
@@ -94,10 +91,11 @@ def main() -> None:
     )
     for name in recipes:
         medians = {part: statistics.median(each[name][part] for each in rounds) for part in rounds[0][name]}
-        print(f"  {name:15s} " + ", ".join(f"{part} {1e3 * value:.1f} ms" for part, value in medians.items()))
-    first, second = recipes
-    ratio = statistics.median(each[second]["step"] / each[first]["step"] for each in rounds)
-    print(f"step of the second over the first: {ratio:.2f}")
+        print(f"  {name:18s} " + ", ".join(f"{part} {1e3 * value:.1f} ms" for part, value in medians.items()))
+    first, *others = recipes
+    for name in others:
+        ratio = statistics.median(each[name]["step"] / each[first]["step"] for each in rounds)
+        print(f"step of {name} over that of {first}: {ratio:.2f}")
 
 
 if __name__ == "__main__":
