@@ -26,7 +26,7 @@ MUON = {"optimizer": "muon", "learning_rate": 0.02, "embedding_lr": 0.3, "head_l
 RECIPES = {
     "GPT-2, AdamW": {**SHARED, "architecture": "gpt2", "optimizer": "adamw", "learning_rate": 1e-3, "beta1": 0.9},
     "nanochat, Muon": {**SHARED, **MUON, "architecture": "nanochat"},
-    "nanochat-ve, Muon": {**SHARED, **MUON, "architecture": "nanochat-ve"},
+    "nanochat-plus, Muon": {**SHARED, **MUON, "architecture": "nanochat-plus"},
 }
 
 

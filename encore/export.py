@@ -41,7 +41,7 @@ def load_model(folder: Path) -> Model:
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else {"bias": True}
     try:
         tensors = load_file(folder / WEIGHTS)
-        if hub_config["model_type"] in (nanochat_hub.PLAIN, nanochat_hub.WITH_VALUES):
+        if hub_config["model_type"] in (nanochat_hub.PLAIN, nanochat_hub.PLUS):
             nanochat = NanoChat(nanochat_hub.from_hub_config(hub_config))
             nanochat.load_state_dict(nanochat_hub.from_hub(tensors, nanochat))
             return nanochat.eval()

@@ -30,9 +30,9 @@ COMPUTED = {
         "tie_word_embeddings": True,
     },
     "nanochat": NANOCHAT,
-    "nanochat-ve": NANOCHAT,
+    "nanochat-plus": NANOCHAT,
 }
-NAMES = "gpt2, nanochat or nanochat-ve"
+NAMES = "gpt2, nanochat or nanochat-plus"
 
 
 class Shape(NamedTuple):

@@ -13,7 +13,7 @@ CARD = "README.md"
 TITLES = {
     "gpt2": "A GPT-2",
     "nanochat": "A nanochat model",
-    "nanochat-ve": "A nanochat model with value embeddings",
+    "nanochat-plus": "A nanochat-plus model",
 }
 USE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,7 +31,7 @@ WITH_TRANSFORMERS = [
     "`python -m encore.generate --prompt Once` does the same without transformers.",
 ]
 WITHOUT_TRANSFORMERS = [
-    "`python -m encore.generate --prompt Once`. transformers cannot load it: no model of its own has value embeddings.",
+    "`python -m encore.generate --prompt Once`. transformers cannot load it: it has no such model.",
     "",
 ]
 
@@ -41,7 +41,7 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
     data, params, versions = record["data"], record["params"], record["versions"]
     kind, _, place = data["dataset"].partition(":")
     datasets = [f"datasets: [{'/'.join(place.split('/')[:2])}]"] if kind == "hf" else []
-    is_known = params["architecture"] != "nanochat-ve"
+    is_known = params["architecture"] != "nanochat-plus"
     library = ["library_name: transformers"] if is_known else []
     front = ["---", *library, "pipeline_tag: text-generation", *datasets, "---"]
     facts = {

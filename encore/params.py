@@ -81,7 +81,7 @@ class Params(BaseModel):
     val_fraction: Annotated[Real, Field(gt=0, lt=1)]
     split_seed: Annotated[Integer, Field(ge=0)]
 
-    architecture: Literal["gpt2", "nanochat", "nanochat-ve"]
+    architecture: Literal["gpt2", "nanochat", "nanochat-plus"]
     n_layer: Positive
     n_head: Positive
     n_embd: Positive

@@ -53,9 +53,9 @@ RUNS = {
     "dropout": ("two", {**IN_FOUR, "dropout": 0.2}),
     "dropout again": ("two", {**IN_FOUR, "dropout": 0.2}),
     "dropout alone": ("alone", {**IN_FOUR, "dropout": 0.2}),
-    "modern": ("alone", {**IN_FOUR, **MODERN, "architecture": "nanochat-ve"}),
-    "modern two": ("two", {**IN_FOUR, **MODERN, "architecture": "nanochat-ve"}),
-    "modern sharded": ("sharded", {**IN_FOUR, **MODERN, "architecture": "nanochat-ve"}),
+    "modern": ("alone", {**IN_FOUR, **MODERN, "architecture": "nanochat-plus"}),
+    "modern two": ("two", {**IN_FOUR, **MODERN, "architecture": "nanochat-plus"}),
+    "modern sharded": ("sharded", {**IN_FOUR, **MODERN, "architecture": "nanochat-plus"}),
     "unshared": ("two", {**PAGE, "batch_size": 3, "gradient_accumulation_steps": 1}),
     "diverging": ("two", {**AT_ONCE, "learning_rate": 1e30, "checkpoint_interval": 1}),
 }

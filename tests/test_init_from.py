@@ -82,7 +82,7 @@ def test_a_missing_file_is_named(weights: Path, name: str) -> None:
 def test_another_architecture_is_refused(weights: Path) -> None:
     (weights / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama"}))
     with pytest.raises(
-        EncoreError, match=r"^init_from: weights holds a llama; name the folder of a gpt2, nanochat or nanochat-ve$"
+        EncoreError, match=r"^init_from: weights holds a llama; name the folder of a gpt2, nanochat or nanochat-plus$"
     ):
         read_shape(weights)
 

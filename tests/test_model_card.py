@@ -82,10 +82,10 @@ def test_only_data_of_the_hub_is_named_to_the_hub(tmp_path):
 def test_what_transformers_cannot_load_says_so(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    write_card(folder, {**RECORD, "params": {**RECORD["params"], "architecture": "nanochat-ve"}}, SUMMARY)
+    write_card(folder, {**RECORD, "params": {**RECORD["params"], "architecture": "nanochat-plus"}}, SUMMARY)
     card = (folder / CARD).read_text(encoding="utf-8")
     assert "library_name" not in front_matter(card)
-    assert "# A nanochat model with value embeddings trained" in card
+    assert "# A nanochat-plus model trained" in card
     assert "transformers cannot load it" in card
     assert "from_pretrained" not in card
 

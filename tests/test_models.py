@@ -16,7 +16,7 @@ CONFIGS = {
     "gpt2": GPT2Config(**SHAPE, bias=True),
     "gpt2 without biases": GPT2Config(**SHAPE, bias=False),
     "nanochat": NanoChatConfig(**SHAPE),
-    "nanochat-ve": NanoChatConfig(**SHAPE, value_embeddings=True),
+    "nanochat-plus": NanoChatConfig(**SHAPE, plus=True),
 }
 
 

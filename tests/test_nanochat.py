@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from encore.errors import EncoreError
 from encore.export import load_initial, load_model, save_model
@@ -51,54 +52,58 @@ def test_logits_loss_and_gradients_equal_those_of_transformers():
         assert_near(parameter.grad, expected[name], f"gradient of {name}", relative=1e-4)
 
 
-def with_values(seed=0):
+def make_plus(seed=0):
     torch.manual_seed(seed)
-    model = NanoChat(replace(SMALL, value_embeddings=True))
+    model = NanoChat(replace(SMALL, plus=True))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
     return model
 
 
-def test_value_embeddings_are_what_transformers_computes_with_them_added_to_its_values():
-    """Its first and third layer, the embeddings of the tokens added behind v_proj."""
+def test_plus_is_what_transformers_computes_with_the_additions_hooked_in():
+    """Value embeddings behind v_proj of its first and third layer, smeared embeddings before the first."""
     import transformers
 
-    model, tokens = with_values(), make_tokens()
-    assert list(model.value_embeds) == ["0", "2"]
+    model, tokens = make_plus(), make_tokens()
+    added = {name: tensor for name, tensor in model.named_parameters() if "value_embeds" in name or name == "smear"}
+    assert list(added) == ["smear", "value_embeds.0.weight", "value_embeds.2.weight"]
+    smear, first, third = copies = [tensor.detach().clone().requires_grad_() for tensor in added.values()]
     hub = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**to_hub_config(SMALL)))
-    hub.load_state_dict({name: tensor for name, tensor in to_hub(model).items() if "value_embeds" not in name})
-    tables = {layer: table.weight.detach().clone().requires_grad_() for layer, table in model.value_embeds.items()}
-    for layer, table in tables.items():
-        v_proj = hub.model.layers[int(layer)].self_attn.v_proj
-        v_proj.register_forward_hook(lambda _, __, values, table=table: values + table[tokens])
+    hub.load_state_dict(
+        {name: tensor for name, tensor in to_hub(model).items() if name.removeprefix("model.") not in added}
+    )
+    layers = hub.model.layers
+    layers[0].self_attn.v_proj.register_forward_hook(lambda _, __, values: values + first[tokens])
+    layers[2].self_attn.v_proj.register_forward_hook(lambda _, __, values: values + third[tokens])
+    layers[0].register_forward_pre_hook(lambda _, inputs: (inputs[0] + smear * F.pad(inputs[0], (0, 0, 1, -1)),))
 
     output, loss = hub(tokens, labels=tokens), model(tokens[:, :-1], tokens[:, 1:])
     assert_near(model.logits(tokens), output.logits, "logits")
     assert_near(loss, output.loss, "loss")
     output.loss.backward()
     loss.backward()
-    for layer, table in tables.items():
-        assert_near(model.value_embeds[layer].weight.grad, table.grad, f"gradient of {layer}", relative=1e-4)
+    for (name, tensor), copy in zip(added.items(), copies, strict=True):
+        assert_near(tensor.grad, copy.grad, f"gradient of {name}", relative=1e-4)
 
 
-def test_a_folder_with_value_embeddings_is_read_by_us_and_refused_by_transformers(tmp_path):
+def test_a_folder_of_plus_is_read_by_us_and_refused_by_transformers(tmp_path):
     import transformers
 
-    model, tokens = with_values().eval(), make_tokens()
+    model, tokens = make_plus().eval(), make_tokens()
     save_model(tmp_path, model, b"ranks", {})
     assert torch.equal(load_model(tmp_path).logits(tokens), model.logits(tokens))
-    assert read_shape(tmp_path) == Shape("nanochat-ve", n_layer=3, n_head=4, n_embd=32, bias=False, block_size=24)
+    assert read_shape(tmp_path) == Shape("nanochat-plus", n_layer=3, n_head=4, n_embd=32, bias=False, block_size=24)
     start = load_initial(tmp_path, replace(model.config, block_size=21), b"ranks")
     assert torch.equal(start.logits(tokens), model.logits(tokens))
-    with pytest.raises(ValueError, match="nanochat-ve"):
+    with pytest.raises(ValueError, match="nanochat-plus"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True)
 
 
-def test_value_embeddings_are_counted_as_parameters_and_not_as_work():
-    plain, values = NanoChat(SMALL), NanoChat(replace(SMALL, value_embeddings=True))
-    assert values.count_parameters() == plain.count_parameters() + 2 * 301 * 32
-    assert values.count_factors() == plain.count_factors()
+def test_what_plus_adds_is_counted_as_parameters_and_not_as_work():
+    plain, plus = NanoChat(SMALL), NanoChat(replace(SMALL, plus=True))
+    assert plus.count_parameters() == plain.count_parameters() + 2 * 301 * 32 + 32
+    assert plus.count_factors() == plain.count_factors()
 
 
 def test_transformers_reads_our_folder_and_we_read_theirs(tmp_path, monkeypatch):

@@ -97,13 +97,13 @@ def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest():
     assert {names[id(parameter)] for parameter in group["params"]} == set(names.values()) - by_muon
 
 
-def test_value_embeddings_learn_as_embeddings():
-    config = NanoChatConfig(vocab_size=70, block_size=8, n_layer=3, n_head=2, n_embd=16, value_embeddings=True)
+def test_what_nanochat_plus_adds_learns_as_embeddings():
+    config = NanoChatConfig(vocab_size=70, block_size=8, n_layer=3, n_head=2, n_embd=16, plus=True)
     model = NanoChat(config)
     _, adamw = make_muon(model, **RATES)
     group = adamw.param_groups[0]
     assert group["initial_lr"] == 0.3
-    wanted = [model.embed_tokens.weight, model.value_embeds["0"].weight, model.value_embeds["2"].weight]
+    wanted = [model.smear, model.embed_tokens.weight, model.value_embeds["0"].weight, model.value_embeds["2"].weight]
     assert sorted(map(id, group["params"])) == sorted(map(id, wanted))
 
 

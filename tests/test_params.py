@@ -78,7 +78,7 @@ def problems_with(**changes: Any) -> list[str]:
         ({"evaluate_tasks": "hellaswag"}, "evaluate_tasks: 'hellaswag' will not do; it should be a valid list"),
         (
             {"architecture": "llama"},
-            "architecture: 'llama' will not do; it should be 'gpt2', 'nanochat' or 'nanochat-ve'",
+            "architecture: 'llama' will not do; it should be 'gpt2', 'nanochat' or 'nanochat-plus'",
         ),
         *(
             (

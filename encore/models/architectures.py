@@ -12,8 +12,8 @@ def make_config(params: StageParams, vocab_size: int) -> Config:
     """The shape that params.yaml describes, for a tokenizer of `vocab_size` ids."""
     shape = {key: getattr(params, key) for key in ("block_size", "n_layer", "n_head", "n_embd")}
     if params.architecture != "gpt2":
-        value_embeddings = params.architecture == "nanochat-ve"
-        return NanoChatConfig(vocab_size=vocab_size, value_embeddings=value_embeddings, **shape)
+        plus = params.architecture == "nanochat-plus"
+        return NanoChatConfig(vocab_size=vocab_size, plus=plus, **shape)
     return GPT2Config(vocab_size=vocab_size, bias=params.bias, dropout=params.dropout, **shape)
 
 

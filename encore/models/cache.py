@@ -4,10 +4,14 @@ import torch
 
 
 class Cache:
-    """Keys and values of the tokens that a model has seen, so that the next one costs only its own work."""
+    """Keys and values of the tokens that a model has seen, so that the next one costs only its own work.
+
+    newest: the embedding of the last of them, (B, 1, C), where a model wants it.
+    """
 
     def __init__(self, n_layer: int) -> None:
         self.layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * n_layer
+        self.newest: torch.Tensor | None = None
 
     @property
     def length(self) -> int:

@@ -3,8 +3,11 @@
 It differs from GPT-2 in what has been found since: positions are rotations of queries and keys (Su et al. 2021), which
 are normalised (Henry et al. 2020), norms have no weights and no mean (Zhang and Sennrich 2019), the MLP squares a ReLU
 (So et al. 2021), the output matrix is not the embedding, its scores are soft-capped (Gemma Team 2024), nothing has a
-bias. With value embeddings, which transformers' has not, every second layer adds to its values what it learns of the
-token itself (Zhou et al. 2024, there across layers; as embeddings in the NanoGPT speedrun).
+bias.
+
+nanochat-plus has two things more, of the NanoGPT speedrun, which transformers' has not: each embedding takes some of
+the one before it along, a learned share of each number ("smear"), and every second layer adds to its values what it
+learns of the token itself (value embeddings; Zhou et al. 2024 take the first layer's values).
 
 Shapes: B sequences in a batch, T tokens in a sequence, C = n_embd, H = n_head, D = C / H, V ids in the vocabulary.
 """
@@ -28,8 +31,8 @@ SOFT_CAP = 15.0  # scores stay within plus and minus this
 class NanoChatConfig:
     """The shape of a model. `vocab_size` is the tokenizer's; the matrices are padded to the next multiple of 64.
 
-    Rotations take numbers by pairs, so n_embd / n_head must be even. `value_embeddings`: the last layer, and every
-    second one before it, has an embedding for its values.
+    Rotations take numbers by pairs, so n_embd / n_head must be even. `plus`: with smeared embeddings,
+    and with value embeddings in the last layer and every second one before it.
     """
 
     vocab_size: int
@@ -37,7 +40,7 @@ class NanoChatConfig:
     n_layer: int
     n_head: int
     n_embd: int
-    value_embeddings: bool = False
+    plus: bool = False
 
 
 def find_rotations(length: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,6 +124,14 @@ class Block(nn.Module):
         return x + self.mlp(rms_norm(x))
 
 
+def _predecessors(x: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+    """The embedding before each, (B, T, C): at first `cache`'s newest, which becomes the last one here, or zeros."""
+    first = torch.zeros_like(x[:, :1]) if cache is None or cache.newest is None else cache.newest
+    if cache is not None:
+        cache.newest = x[:, -1:]
+    return torch.cat([first, x[:, :-1]], dim=1)
+
+
 class NanoChat(nn.Module):
     """The language model."""
 
@@ -132,7 +143,8 @@ class NanoChat(nn.Module):
         self.config = config
         padded = pad_vocab(config.vocab_size)
         self.embed_tokens = nn.Embedding(padded, config.n_embd)
-        with_values = range((config.n_layer - 1) % 2, config.n_layer, 2) if config.value_embeddings else ()
+        self.smear = nn.Parameter(torch.zeros(config.n_embd)) if config.plus else None
+        with_values = range((config.n_layer - 1) % 2, config.n_layer, 2) if config.plus else ()
         self.value_embeds = nn.ModuleDict({str(layer): nn.Embedding(padded, config.n_embd) for layer in with_values})
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = nn.Linear(config.n_embd, padded, bias=False)
@@ -194,6 +206,8 @@ class NanoChat(nn.Module):
         start = cache.length if cache else 0
         here = slice(start, start + idx.shape[1])
         x = rms_norm(self.embed_tokens(idx))
+        if self.smear is not None:
+            x = x + self.smear * _predecessors(x, cache)
         for layer, block in enumerate(self.layers):
             values = self.value_embeds[str(layer)](idx) if str(layer) in self.value_embeds else None
             x = block(x, self.cos[here], self.sin[here], values, cache, layer)

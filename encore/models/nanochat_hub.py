@@ -1,8 +1,8 @@
 """nanochat's weights as transformers' NanoChatForCausalLM has them, and the way back: the same names but for a prefix,
 and no padding of the vocabulary.
 
-With value embeddings the model is none of transformers'. It has the same files under a `model_type` of its own, which
-transformers refuses instead of leaving out what it does not know.
+nanochat-plus is no model of transformers'. It has the same files under a `model_type` of its own, which transformers
+refuses instead of leaving out what it does not know.
 """
 
 from typing import Any
@@ -14,15 +14,15 @@ from encore.models.nanochat import ROPE_THETA, SOFT_CAP, NanoChat, NanoChatConfi
 from encore.models.vocabulary import pad_rows
 
 HEAD = "lm_head.weight"
-PLAIN, WITH_VALUES = "nanochat", "nanochat-ve"
+PLAIN, PLUS = "nanochat", "nanochat-plus"
 
 
 def to_hub_config(config: NanoChatConfig) -> dict[str, Any]:
     """transformers' NanoChatConfig of a model; the end-of-text token begins and ends a text."""
     end_of_text = config.vocab_size - 1
     return {
-        "architectures": ["EncoreNanoChatVE" if config.value_embeddings else "NanoChatForCausalLM"],
-        "model_type": WITH_VALUES if config.value_embeddings else PLAIN,
+        "architectures": ["EncoreNanoChatPlus" if config.plus else "NanoChatForCausalLM"],
+        "model_type": PLUS if config.plus else PLAIN,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.block_size,
         "hidden_size": config.n_embd,
@@ -62,7 +62,7 @@ def from_hub_config(config: dict[str, Any]) -> NanoChatConfig:
         n_layer=config["num_hidden_layers"],
         n_head=config["num_attention_heads"],
         n_embd=config["hidden_size"],
-        value_embeddings=config["model_type"] == WITH_VALUES,
+        plus=config["model_type"] == PLUS,
     )
 
 
