@@ -53,9 +53,12 @@ RUNS = {
     "dropout": ("two", {**IN_FOUR, "dropout": 0.2}),
     "dropout again": ("two", {**IN_FOUR, "dropout": 0.2}),
     "dropout alone": ("alone", {**IN_FOUR, "dropout": 0.2}),
-    "modern": ("alone", {**IN_FOUR, **MODERN, "architecture": "nanochat-plus"}),
-    "modern two": ("two", {**IN_FOUR, **MODERN, "architecture": "nanochat-plus"}),
-    "modern sharded": ("sharded", {**IN_FOUR, **MODERN, "architecture": "nanochat-plus"}),
+    "modern": ("alone", {**IN_FOUR, **MODERN}),
+    "modern two": ("two", {**IN_FOUR, **MODERN}),
+    "modern sharded": ("sharded", {**IN_FOUR, **MODERN}),
+    "plus": ("alone", {**IN_FOUR, "architecture": "nanochat-plus"}),
+    "plus two": ("two", {**IN_FOUR, "architecture": "nanochat-plus"}),
+    "plus sharded": ("sharded", {**IN_FOUR, "architecture": "nanochat-plus"}),
     "unshared": ("two", {**PAGE, "batch_size": 3, "gradient_accumulation_steps": 1}),
     "diverging": ("two", {**AT_ONCE, "learning_rate": 1e30, "checkpoint_interval": 1}),
 }
@@ -114,6 +117,14 @@ def test_steps_are_the_same_however_they_are_shared(done, name):
     one = read_run(done, "one")
     assert min(one.norms) < PAGE["grad_clip"] < max(one.norms)
     assert one.losses[-1] < one.losses[0] - 0.05
+    assert_close(read_run(done, name), one)
+
+
+@pytest.mark.parametrize("name", ["plus two", "plus sharded"])
+def test_what_nanochat_plus_adds_is_shared_too(done, name):
+    one = read_run(done, "plus")
+    assert one.weights["model.smear"].abs().max() > 1e-3  # it began as zeros
+    assert one.weights["model.value_embeds.1.weight"].abs().max() > 1e-3
     assert_close(read_run(done, name), one)
 
 
