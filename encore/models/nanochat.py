@@ -25,6 +25,7 @@ from encore.models.vocabulary import pad_vocab
 
 ROPE_THETA = 10_000.0
 SOFT_CAP = 15.0  # scores stay within plus and minus this
+Rotations = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (T, D / 2) each
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class NanoChatConfig:
     plus: bool = False
 
 
-def find_rotations(length: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the angles by which the pairs of a query or key turn, (length, D / 2) float32 each."""
+def find_rotations(length: int, head_size: int) -> Rotations:
+    """The angles by which the pairs of a query or key turn at the positions below `length`, in float32."""
     speeds = ROPE_THETA ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), speeds)
     return angles.cos(), angles.sin()
@@ -69,13 +70,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        values: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        layer: int = 0,
+        self, x: torch.Tensor, rotations: Rotations, values: torch.Tensor | None, cache: Cache | None, layer: int
     ) -> torch.Tensor:
         """values: what is added to the values, (B, T, C)."""
         B, T, C = x.shape
@@ -83,7 +78,7 @@ class Attention(nn.Module):
         if values is not None:
             v = v + values.to(v.dtype)
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
-        q, k = rms_norm(rotate(q, cos, sin)), rms_norm(rotate(k, cos, sin))
+        q, k = rms_norm(rotate(q, *rotations)), rms_norm(rotate(k, *rotations))
         if cache:
             k, v = cache.extend(layer, k, v)
         # A single token behind others sees them all.
@@ -112,15 +107,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        values: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        layer: int = 0,
+        self, x: torch.Tensor, rotations: Rotations, values: torch.Tensor | None, cache: Cache | None, layer: int
     ) -> torch.Tensor:
-        x = x + self.self_attn(rms_norm(x), cos, sin, values, cache, layer)
+        x = x + self.self_attn(rms_norm(x), rotations, values, cache, layer)
         return x + self.mlp(rms_norm(x))
 
 
@@ -205,10 +194,11 @@ class NanoChat(nn.Module):
         """What the output matrix is applied to, (B, T, C)."""
         start = cache.length if cache else 0
         here = slice(start, start + idx.shape[1])
+        rotations = self.cos[here], self.sin[here]
         x = rms_norm(self.embed_tokens(idx))
         if self.smear is not None:
             x = x + self.smear * _predecessors(x, cache)
         for layer, block in enumerate(self.layers):
             values = self.value_embeds[str(layer)](idx) if str(layer) in self.value_embeds else None
-            x = block(x, self.cos[here], self.sin[here], values, cache, layer)
+            x = block(x, rotations, values, cache, layer)
         return rms_norm(x)
