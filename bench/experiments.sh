@@ -40,7 +40,7 @@ english)
         val_fraction=0.03)
     best_400=2e-3 best_1600=8e-3
     ;;
-sympy) data=(dtype=bfloat16) best_400=4e-3 best_1600=8e-3 ;;
+sympy) data=(dtype=bfloat16) best_400=4e-3 best_1600=4e-3 ;;
 sizes) data=(dtype=bfloat16) ;;
 *) echo "english, sympy or sizes, not $corpus" >&2 && exit 2 ;;
 esac
