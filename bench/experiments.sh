@@ -4,7 +4,7 @@
 #
 #     bash bench/experiments.sh english     # both recipes on english/*.parquet, a folder that you bring
 #     bash bench/experiments.sh sympy       # both recipes on sympy's sources, in bfloat16
-#     bash bench/experiments.sh sizes       # nanochat from 2 layers of 64 to 6 of 192, on sympy's sources
+#     bash bench/experiments.sh sizes       # nanochat from 2 layers of 64 to 8 of 256, on sympy's sources
 set -euo pipefail
 corpus=${1:?english, sympy or sizes}
 
@@ -56,6 +56,7 @@ if [ "$corpus" = sizes ]; then
     size 2 64 1 0.02
     size 6 192 1 0.02
     size 3 96 1 0.0267
+    size 8 256 1 0.01
     exit
 fi
 for rate in 1e-3 2e-3 4e-3 8e-3; do gpt2 400 $rate 1337; done
