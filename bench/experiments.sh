@@ -63,8 +63,8 @@ for rate in 1e-3 2e-3 4e-3 8e-3; do gpt2 400 $rate 1337; done
 for rate in 2e-3 4e-3 8e-3 1.6e-2; do gpt2 1600 $rate 1337; done
 for seed in 1 2; do gpt2 400 $best_400 $seed && gpt2 1600 $best_1600 $seed; done
 for seed in 1337 1 2; do
+    modern nanochat-plus 50 0.03 $seed
     modern nanochat-plus 300 0.02 $seed
     for architecture in nanochat nanochat-plus; do modern $architecture 100 0.03 $seed; done
 done
 modern nanochat 400 0.02 1337
-modern nanochat-plus 50 0.03 1337
