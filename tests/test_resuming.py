@@ -27,7 +27,16 @@ def make_trainer(tmp_path, tokens_folder, tiny_params):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"dropout": 0.2}, {"dtype": "bfloat16"}, {"dtype": "float16"}, MODERN], ids=str
+    "changes",
+    [
+        {},
+        {"dropout": 0.2},
+        {"dtype": "bfloat16"},
+        {"dtype": "float16"},
+        MODERN,
+        {**MODERN, "architecture": "nanochat-plus"},
+    ],
+    ids=str,
 )
 def test_two_runs_are_bitwise_equal_and_so_are_interrupted_ones(make_trainer, changes):
     """Stopped off the checkpoints' interval, and once more after that."""
