@@ -15,6 +15,7 @@ import torch
 
 from encore.loss import SCORES_AT_ONCE
 from encore.models.architectures import Model, make_config, make_model
+from encore.muon import Muon
 from encore.optim import make_optimizers
 from encore.params import Params, StageParams, check_page
 
@@ -65,7 +66,7 @@ def count(page: Path) -> dict[str, float]:
 
 def _moments(optimizer: torch.optim.Optimizer) -> list[int]:
     """Numbers that the optimizer keeps for each parameter."""
-    moments = 1 if isinstance(optimizer, torch.optim.Muon) else 2
+    moments = 1 if isinstance(optimizer, Muon) else 2
     return [moments * parameter.numel() for group in optimizer.param_groups for parameter in group["params"]]
 
 

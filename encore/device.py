@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from encore.errors import EncoreError
 from encore.flops import Peak, find_peak
 
+REPEATABLE = "ENCORE_REPEATABLE"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,7 +33,8 @@ class Hardware:
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         compiled = ", compiled" if self.compiles else ""
-        return f"{name}, {str(self.dtype).removeprefix('torch.')}{compiled}"
+        other_bits = ", not repeatable" if self.device.type == "cuda" and not wants_same_bits() else ""
+        return f"{name}, {str(self.dtype).removeprefix('torch.')}{compiled}{other_bits}"
 
 
 def find_hardware(dtype: str, compile: bool | str) -> Hardware:
@@ -89,12 +92,40 @@ def should_compile(wish: bool | str, device: torch.device) -> bool:
     return False
 
 
+def wants_same_bits() -> bool:
+    """Whether a run is to repeat to the bit on a GPU, at some cost in speed. ENCORE_REPEATABLE=0 says no."""
+    return os.environ.get(REPEATABLE) != "0"
+
+
 def set_up_numerics(device: torch.device) -> None:
     """Repeatable arithmetic, and TensorFloat-32 for what stays float32 on a GPU, as nanoGPT sets it.
 
     Comes before the first matrix product: CUDA's library reads its part of the environment then.
     """
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.set_float32_matmul_precision("high")
+    if device.type != "cuda":
+        return
+    torch.set_float32_matmul_precision("high")
+    if not wants_same_bits():
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Strictly, and not with warn_only: only so do the kernels of attention add up their gradients in a fixed order
+    # (flash, memory-efficient; cuDNN's cannot and is passed over). The compiler then chooses the order of its sums by
+    # rule and not by a stopwatch.
+    torch.use_deterministic_algorithms(True)
+    # Every new tensor would be filled first, a thousand launches a step. No code here reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def naming_what_does_not_repeat() -> Iterator[None]:
+    """Turns torch's refusal of an operation that does not repeat to the bit into an EncoreError."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+        if not found:
+            raise
+        raise EncoreError(
+            f"{found[1]} does not repeat to the bit on this device; set {REPEATABLE}=0 to go on all the same, with "
+            "results that differ a little from run to run"
+        ) from None

@@ -21,6 +21,7 @@ from encore.errors import EncoreError, run_stage
 from encore.export import load_model
 from encore.models.architectures import Model
 from encore.models.cache import Cache
+from encore.models.replay import Replay
 from encore.token_files import RANKS_FILE
 from encore.tokenizer import load_tokenizer
 
@@ -63,10 +64,12 @@ def generate_with_scores(
     device = next(model.parameters()).device
     block_size = model.config.block_size
     ids = list(prompt[-block_size:])
-    cache: Cache | None = Cache(model.config.n_layer)
+    cache: Cache | None = Cache(model.config.n_layer, block_size)
+    replay: Replay | None = None
     new = ids
     for _ in range(max_new_tokens):
-        scores = model.logits(torch.tensor([new], device=device), cache)[0, -1].float().cpu()
+        found = replay(new[0]) if replay else model.logits(torch.tensor([new], device=device), cache)[0, -1]
+        scores = found.float().cpu()
         token = sample(scores, temperature, top_k, top_p, generator)
         if token == end_of_text:
             return
@@ -74,8 +77,10 @@ def generate_with_scores(
         ids = [*ids, token][-block_size:]
         if cache and cache.length < block_size:
             new = [token]
+            if device.type == "cuda" and replay is None:
+                replay = Replay(model, cache)
         else:
-            cache, new = None, ids
+            cache, replay, new = None, None, ids
 
 
 def sample(

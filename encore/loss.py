@@ -1,5 +1,5 @@
 """Cross-entropy over a vocabulary, from the vectors before the output matrix: the scores of all tokens, by far the
-largest tensor of a small model's training, are never held at once.
+largest tensor of a small model's training, are held in parts.
 
 Shapes: N tokens, C numbers each, P rows of the output matrix, of which the first V are ids that can come.
 """
@@ -9,7 +9,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-SCORES_AT_ONCE = 2**25  # in float32 134 MB
+SCORES_AT_ONCE = 2**25  # on a CPU, in whose cache small parts stay; in float32 134 MB
+SHARE_OF_MEMORY = 64  # a GPU holds a score for each so many bytes of its memory at once: fewer parts, fewer launches
 
 
 def mean_cross_entropy(
@@ -20,7 +21,13 @@ def mean_cross_entropy(
 
     Matrix products are in autocast's dtype where that is on, all else in float32.
     """
-    return _MeanCrossEntropy.apply(x, weight, targets, vocab_size, cap)
+    if not torch.compiler.is_compiling():
+        return _MeanCrossEntropy.apply(x, weight, targets, vocab_size, cap)
+    # Compiled code keeps to torch's own operations: a hand-written backward pass has been compiled wrongly before, and
+    # torch does not keep what it compiles of one. Here the gradients hang on a sum that is zero.
+    mean, x_grad, weight_grad = _mean_with_gradients(x.detach(), weight.detach(), targets, vocab_size, cap)
+    linear = (x * x_grad).sum() + (weight * weight_grad).sum()
+    return mean + (linear - linear.detach())
 
 
 @torch.no_grad()
@@ -41,39 +48,59 @@ def soft_cap(scores: torch.Tensor, cap: float) -> torch.Tensor:
     return cap * torch.tanh(scores / cap)
 
 
-class _MeanCrossEntropy(torch.autograd.Function):
-    """Has the gradients ready when the loss is known: the one of a token's scores is their softmax less one at the
-    target, so what a part of the tokens needs is freed before the next part comes."""
+@torch.compiler.assume_constant_result
+def scores_at_once(device: torch.device) -> int:
+    """How many scores are held at once. On a GPU a power of two, so that cards of a kind agree to the bit."""
+    if device.type != "cuda":
+        return SCORES_AT_ONCE
+    memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    return int(2 ** math.floor(math.log2(memory_bytes / SHARE_OF_MEMORY)))
 
+
+class _MeanCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, cap):  # type: ignore[no-untyped-def]
-        dtype = _dtype_of_products(x)
-        weight_grad = torch.zeros_like(weight)
-        weight = weight.to(dtype)
-        losses, x_grads = [], []
-        for part, wanted in _parts(x, targets, weight):
-            scores = _scores(part, weight, cap)
-            log_likely = F.log_softmax(_mask_padding(scores, vocab_size), dim=1)
-            losses.append(-log_likely.gather(1, wanted[:, None]))
-            scores_grad = log_likely.exp_()
-            scores_grad.scatter_add_(1, wanted[:, None], scores_grad.new_full((len(wanted), 1), -1.0))
-            if cap is not None:  # the slope of the tanh; the padding has none, and no gradient either
-                scores_grad.mul_(scores.div_(cap).square_().neg_().add_(1).clamp_(min=0))
-            scores_grad = scores_grad.to(dtype)
-            x_grads.append(scores_grad @ weight)
-            if dtype == weight_grad.dtype:
-                weight_grad.addmm_(scores_grad.T, part)  # without a copy as large as the matrix
-            else:
-                weight_grad += scores_grad.T @ part.to(dtype)
-        ctx.save_for_backward(torch.cat(x_grads).to(x.dtype), weight_grad)
-        ctx.tokens = len(targets)
-        return torch.cat(losses).mean()
+        mean, *gradients = _mean_with_gradients(x, weight, targets, vocab_size, cap)
+        ctx.save_for_backward(*gradients)
+        return mean
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x_grad, weight_grad = ctx.saved_tensors
-        scale = grad / ctx.tokens
-        return x_grad * scale, weight_grad * scale, None, None, None
+        return x_grad * grad, weight_grad * grad, None, None, None
+
+
+def _mean_with_gradients(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, cap: float | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mean loss with its gradients for x and weight. The gradient of a token's scores is their softmax less one at
+    the target, so what a part of the tokens needs is freed before the next part comes."""
+    dtype = _dtype_of_products(x)
+    weight_grad = torch.zeros_like(weight)
+    weight = weight.to(dtype)
+    losses, x_grads = [], []
+    for part, wanted in _parts(x, targets, weight):
+        scores = _scores(part, weight, cap)
+        log_likely = F.log_softmax(_mask_padding(scores, vocab_size), dim=1)
+        losses.append(-log_likely.gather(1, wanted[:, None]))
+        scores_grad = _subtract_one(log_likely.exp_(), wanted)
+        if cap is not None:  # the slope of the tanh; the padding has none, and no gradient either
+            scores_grad.mul_(scores.div_(cap).square_().neg_().add_(1).clamp_(min=0))
+        scores_grad = scores_grad.to(dtype)
+        x_grads.append(scores_grad @ weight)
+        if dtype == weight_grad.dtype:
+            weight_grad.addmm_(scores_grad.T, part)  # without a copy as large as the matrix
+        else:
+            weight_grad += scores_grad.T @ part.to(dtype)
+    tokens = len(targets)
+    return torch.cat(losses).mean(), torch.cat(x_grads).to(x.dtype) / tokens, weight_grad.div_(tokens)
+
+
+def _subtract_one(likely: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """`likely` (N, P), perhaps in place, less one at the column `wanted` (N,) of each row."""
+    if torch.compiler.is_compiling():  # part of the same pass; a scatter would be a sort under deterministic algorithms
+        return likely - (torch.arange(likely.shape[1], device=likely.device) == wanted[:, None]).to(likely.dtype)
+    return likely.scatter_add_(1, wanted[:, None], likely.new_full((len(wanted), 1), -1.0))
 
 
 def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
@@ -82,8 +109,11 @@ def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
 
 
 def _parts(x: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """x and targets in parts of as many tokens as may have scores at once."""
-    tokens = max(1, SCORES_AT_ONCE // len(weight))
+    """x and targets in the fewest parts that have no more scores than may be held at once, of equal length but for the
+    last."""
+    most_tokens = max(1, scores_at_once(x.device) // len(weight))
+    parts = -(-len(x) // most_tokens)
+    tokens = -(-len(x) // parts)
     return list(zip(x.split(tokens), targets.split(tokens), strict=True))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from encore.models.architectures import Model
+from encore.muon import Muon
 from encore.params import StageParams
 
 
@@ -48,8 +49,7 @@ def make_muon(
     """Muon (Jordan et al. 2024) for the matrices of the layers, which alone decay; AdamW without decay for the rest, at
     `head_lr` for an output matrix of its own, at `embedding_lr` for embeddings, biases and norms.
 
-    Muon's step has about the size of the learning rate along every direction of a matrix, whatever its gradient; torch
-    multiplies it by sqrt(rows / columns) where there are more rows.
+    Muon's step has about the size of the learning rate along every direction of a matrix, whatever its gradient.
     """
     matrices = [parameter for parameter in model.blocks.parameters() if parameter.dim() == 2]
     head = [parameter for name, parameter in model.named_parameters() if name == "lm_head.weight"]
@@ -60,9 +60,7 @@ def make_muon(
         for parameters, rate in ((rest, embedding_lr), (head, head_lr))
         if parameters
     ]
-    muon = torch.optim.Muon(
-        [{"params": matrices, "initial_lr": learning_rate}], lr=learning_rate, weight_decay=weight_decay, momentum=0.95
-    )
+    muon = Muon([{"params": matrices, "initial_lr": learning_rate}], learning_rate, weight_decay)
     return [muon, torch.optim.AdamW(groups, betas=betas, weight_decay=0.0, fused=True)]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from encore.batches import Ahead, Windows
 from encore.checkpoint import Checkpoint, Saver, restore
+from encore.compiled_check import check_compiled
 from encore.device import Hardware, autocast
 from encore.distributed import ALONE, Ranks, gather
 from encore.errors import EncoreError, Interrupted
@@ -56,6 +57,13 @@ class Trainer:
         self._last_step: dict[str, float | None] = {}  # loss, learning rate, norm of the gradient
         self._step_seconds: list[float] = []  # of the steps since the last record
         self._first_step_seconds, self._warm = 0.0, False  # a process's first step compiles and allocates
+
+    def check_compiled(self) -> None:
+        """Raises EncoreError where the compiler has made something else of the model. All ranks must come."""
+        if self.hardware.compiles:
+            windows = self.train.for_step(0, self.windows_per_step, self.params.seed)[: len(self.my_windows(0))]
+            batch = self.train.batch(windows[: self.params.batch_size])
+            check_compiled(self.model, self.forward, self.parallel, batch, self.device, self.dtype, self.ranks)
 
     def resume(self, found: Checkpoint | None) -> None:
         """Takes up rank 0's checkpoint of this run; the other ranks have none to give."""

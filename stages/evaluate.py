@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from encore.batches import Windows
-from encore.device import find_device, find_dtype, set_up_numerics
+from encore.device import find_device, find_dtype, naming_what_does_not_repeat, set_up_numerics
 from encore.distributed import Ranks, joined
 from encore.errors import run_stage
 from encore.evaluation import SplitLoss, evaluate_split
@@ -40,7 +40,7 @@ def main() -> None:
     if arguments := torchrun_arguments("stages.evaluate", one_machine=True):
         run_under_torchrun(arguments, "stages.evaluate")
         return
-    with joined(find_device()) as ranks:
+    with joined(find_device()) as ranks, naming_what_does_not_repeat():
         evaluate(params, ranks)
 
 

@@ -1,5 +1,6 @@
 """Trains the model: exactly max_iters steps, taken up again where an earlier attempt at the same run was stopped."""
 
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ import torch
 from encore import runs
 from encore.batches import Windows
 from encore.checkpoint import find_resumable, list_checkpoints
-from encore.device import Hardware, find_device, find_hardware
+from encore.device import Hardware, find_device, find_hardware, naming_what_does_not_repeat
 from encore.disk import check_room
 from encore.distributed import ALONE, SHARD, Ranks, joined
 from encore.errors import EncoreError, run_stage
@@ -49,7 +50,9 @@ def main() -> None:
     if arguments := torchrun_arguments("stages.train"):
         run_under_torchrun(arguments, "stages.train")
         return
-    with joined(find_device()) as ranks:
+    # What is compiled is kept, for the next process that goes on with this run or has one like it.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch_folder().resolve() / "compiled"))
+    with joined(find_device()) as ranks, naming_what_does_not_repeat():
         train(params, ranks)
 
 
@@ -136,6 +139,7 @@ def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Tra
         wandb_run = start_wandb(described, run_id=found.state["wandb_id"] if found else None)
     records = Records(METRICS, LOG, wandb_run, writes=ranks.is_first)
     trainer = Trainer(params, model, train, val, hardware, records, checkpoints, ranks)
+    trainer.check_compiled()
     if ranks.from_first(found is not None):
         trainer.resume(found)
         records.say(f"resumed at iteration {trainer.iter} of {params.max_iters} from {found.path if found else ''}")

@@ -80,7 +80,7 @@ def test_position_matters(config):
 
 @pytest.mark.parametrize("first", [1, 3, 20])
 def test_scores_behind_kept_tokens_are_those_of_the_whole_text(model, first):
-    idx, cache = make_tokens(), Cache(3)
+    idx, cache = make_tokens(), Cache(3, size=24)
     with torch.no_grad():
         whole = model.logits(idx)
         parts = [model.logits(idx[:, :first], cache)]
@@ -88,3 +88,19 @@ def test_scores_behind_kept_tokens_are_those_of_the_whole_text(model, first):
             assert cache.length == position
             parts.append(model.logits(idx[:, position : position + 1], cache))
     assert_near(torch.cat(parts, dim=1), whole, "scores")
+
+
+@pytest.mark.parametrize("first", [1, 20])
+def test_passes_of_one_shape_in_the_same_memory_give_these_scores_too(model, first):
+    """What a recording of a pass needs (encore/models/replay.py): the position is a tensor, and nothing moves."""
+    idx, cache = make_tokens(), Cache(3, size=24)
+    with torch.no_grad():
+        whole = model.logits(idx)
+        model.logits(idx[:, :first], cache)
+        cache.position = torch.tensor([cache.length])
+        memory = [tensor.data_ptr() for layer in cache.layers for tensor in layer]
+        for position in range(first, 21):
+            scores = model.logits(idx[:, position : position + 1], cache)
+            assert_near(scores, whole[:, position : position + 1], "scores")
+            assert cache.position.tolist() == [position + 1]
+    assert memory == [tensor.data_ptr() for layer in cache.layers for tensor in layer]

@@ -6,6 +6,7 @@ import torch
 
 from encore.models.gpt2 import GPT2, GPT2Config
 from encore.models.nanochat import NanoChat, NanoChatConfig
+from encore.muon import Muon
 from encore.optim import decay_groups, describe_groups, make_adamw, make_muon
 
 MODEL = GPT2Config(vocab_size=70, block_size=8, n_layer=2, n_head=2, n_embd=16, bias=True)
@@ -78,7 +79,7 @@ def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest():
     gpt2 = GPT2(MODEL)
     head, embedding = nanochat.lm_head.weight, nanochat.embed_tokens.weight
     muon, adamw = make_muon(nanochat, **RATES)
-    assert type(muon) is torch.optim.Muon
+    assert type(muon) is Muon
     assert sorted(map(id, muon.param_groups[0]["params"])) == sorted(map(id, nanochat.layers.parameters()))
     assert muon.param_groups[0]["weight_decay"] == 0.1
     assert [(group["params"], group["initial_lr"]) for group in adamw.param_groups] == [

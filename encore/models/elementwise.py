@@ -1,5 +1,8 @@
-"""The parts of nanochat's model that only read and write memory, with their gradients written out: without a compiler,
-autograd's own go over the same numbers two or three times as often.
+"""The parts of nanochat's model that only read and write memory.
+
+A compiler fuses their formulas as they stand. Without one, autograd goes over the same numbers two or three times as
+often as it must, so there the gradients are written out (`python -m bench.elementwise`). Compiled code must not use
+those: torch 2.11 compiles the norm's to a gradient of zero.
 """
 
 import torch
@@ -10,12 +13,15 @@ EPS = 1e-6
 
 def rms_norm(x: torch.Tensor) -> torch.Tensor:
     """x over the root of its mean square, along the last dimension (Zhang and Sennrich 2019, without weights)."""
-    return _RMSNorm.apply(x)
+    if not torch.compiler.is_compiling():
+        return _RMSNorm.apply(x)
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + EPS)).to(x.dtype)
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
     """max(x, 0) squared (So et al. 2021)."""
-    return _SquaredReLU.apply(x)
+    return F.relu(x).square() if torch.compiler.is_compiling() else _SquaredReLU.apply(x)
 
 
 class _RMSNorm(torch.autograd.Function):

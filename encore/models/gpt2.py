@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from encore.loss import cross_entropies, mean_cross_entropy
 from encore.models.cache import Cache
+from encore.models.embedding import find_occurrences, look_up
 from encore.models.vocabulary import pad_vocab
 
 
@@ -44,11 +45,11 @@ class Attention(nn.Module):
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        if cache:
-            k, v = cache.extend(layer, k, v)
+        k, v, mask = cache.extend(layer, k, v) if cache else (k, v, None)
         dropout = self.dropout if self.training else 0.0
         # A single token behind others sees them all.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=k.shape[2] == T, dropout_p=dropout)
+        is_causal = mask is None and k.shape[2] == T
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -138,9 +139,13 @@ class GPT2(nn.Module):
 
     def _hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """What the output matrix is applied to, (B, T, C)."""
-        start = cache.length if cache else 0
-        x = self.wte(idx) + self.wpe.weight[start : start + idx.shape[1]]
+        T = idx.shape[1]
+        places = cache.places(T) if cache else slice(0, T)
+        occurrences = find_occurrences(idx, pad_vocab(self.config.vocab_size))
+        x = look_up(self.wte.weight, idx, occurrences) + self.wpe.weight[places]
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
             x = block(x, cache, layer)
+        if cache:
+            cache.advance(T)
         return self.ln_f(x)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from encore.loss import cross_entropies, mean_cross_entropy, soft_cap
 from encore.models.cache import Cache
 from encore.models.elementwise import rms_norm, squared_relu
+from encore.models.embedding import find_occurrences, look_up
 from encore.models.vocabulary import pad_vocab
 
 ROPE_THETA = 10_000.0
@@ -79,10 +80,9 @@ class Attention(nn.Module):
             v = v + values.to(v.dtype)
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
         q, k = rms_norm(rotate(q, *rotations)), rms_norm(rotate(k, *rotations))
-        if cache:
-            k, v = cache.extend(layer, k, v)
+        k, v, mask = cache.extend(layer, k, v) if cache else (k, v, None)
         # A single token behind others sees them all.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=k.shape[2] == T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and k.shape[2] == T)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -116,9 +116,10 @@ class Block(nn.Module):
 def _predecessors(x: torch.Tensor, cache: Cache | None) -> torch.Tensor:
     """The embedding before each, (B, T, C): at first `cache`'s newest, which becomes the last one here, or zeros."""
     first = torch.zeros_like(x[:, :1]) if cache is None or cache.newest is None else cache.newest
+    before = torch.cat([first, x[:, :-1]], dim=1)
     if cache is not None:
-        cache.newest = x[:, -1:]
-    return torch.cat([first, x[:, :-1]], dim=1)
+        cache.keep_newest(x[:, -1:])
+    return before
 
 
 class NanoChat(nn.Module):
@@ -192,13 +193,18 @@ class NanoChat(nn.Module):
 
     def _hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """What the output matrix is applied to, (B, T, C)."""
-        start = cache.length if cache else 0
-        here = slice(start, start + idx.shape[1])
-        rotations = self.cos[here], self.sin[here]
-        x = rms_norm(self.embed_tokens(idx))
+        T = idx.shape[1]
+        places = cache.places(T) if cache else slice(0, T)
+        rotations = self.cos[places], self.sin[places]
+        occurrences = find_occurrences(idx, pad_vocab(self.config.vocab_size))
+        x = rms_norm(look_up(self.embed_tokens.weight, idx, occurrences))
         if self.smear is not None:
             x = x + self.smear * _predecessors(x, cache)
         for layer, block in enumerate(self.layers):
-            values = self.value_embeds[str(layer)](idx) if str(layer) in self.value_embeds else None
+            values = None
+            if str(layer) in self.value_embeds:
+                values = look_up(self.value_embeds.get_parameter(f"{layer}.weight"), idx, occurrences)
             x = block(x, rotations, values, cache, layer)
+        if cache:
+            cache.advance(T)
         return rms_norm(x)
