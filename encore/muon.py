@@ -26,7 +26,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Takes a step by the gradients that are there."""
         for group in self.param_groups:
             gradients = {parameter: parameter.grad for parameter in group["params"] if parameter.grad is not None}

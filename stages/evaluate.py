@@ -31,7 +31,8 @@ MODEL = Path("model")
 METRICS = Path("metrics/eval.json")
 BY_POSITION = Path("metrics/position.tsv")
 SAMPLES = Path("metrics/samples.md")
-BATCH_TOKENS = 2**13  # how many tokens are evaluated at a time; it does not change the result
+# How many tokens are evaluated at a time: a GPU is quicker with many, and does not wait for the sums in between.
+BATCH_TOKENS = {"cpu": 2**13, "cuda": 2**16, "mps": 2**13}
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
     val = Windows(TokenSplit(TOKENS, "val"), model.config.block_size, "val")
 
     started = time.perf_counter()
-    batch_size = max(1, BATCH_TOKENS // model.config.block_size)
+    batch_size = max(1, BATCH_TOKENS[device.type] // model.config.block_size)
     with Progress("evaluate", val.split.tokens // ranks.count, "tokens", bar=ranks.is_first) as progress:
         dtype = find_dtype(params.dtype, device)
         split_loss = evaluate_split(model, val, batch_size, device, dtype, ranks, progress.add)

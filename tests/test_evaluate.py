@@ -66,7 +66,7 @@ def test_a_nanochat_is_evaluated_and_writes(model, tmp_path, tokens_folder):
 
 def test_the_number_of_tokens_at_a_time_changes_nothing(model, tmp_path, monkeypatch):
     whole = run(tmp_path)
-    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 16)
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", {"cpu": 16})
     assert run(tmp_path)["loss"] == pytest.approx(whole["loss"], rel=1e-6)
 
 
