@@ -15,7 +15,6 @@ from encore.history import record_stage
 from encore.initial_weights import fetch_initial
 from encore.params import load_params
 from encore.scratch import scratch_folder
-from encore.signals import stop_with_parent
 from encore.sources import Wanted, fetch, fetch_gpt2_ranks
 from encore.tasks import fetch_tasks
 from stages import STARTED
@@ -71,13 +70,15 @@ def main() -> None:
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """Ends the stage at SIGTERM in order: the unfinished data/raw goes, and what was downloaded stays."""
+    """Ends the stage in order: the unfinished data/raw goes, and what was downloaded stays."""
     signal.signal(number, signal.SIG_DFL)
-    raise Interrupted(number, "stopped by SIGTERM; what is downloaded is kept, run the same command to go on")
+    name = signal.Signals(number).name
+    raise Interrupted(number, f"stopped by {name}; what is downloaded is kept, run the same command to go on")
 
 
 if __name__ == "__main__":
-    stop_with_parent()
     signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup lets it be ignored
+        signal.signal(signal.SIGHUP, stop)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
     run_stage(main)

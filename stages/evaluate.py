@@ -19,7 +19,6 @@ from encore.launch import run_under_torchrun, torchrun_arguments
 from encore.models.architectures import Model
 from encore.params import StageParams, load_params
 from encore.progress import Progress
-from encore.signals import stop_with_parent
 from encore.tasks import run_tasks
 from encore.token_files import RANKS_FILE, TokenSplit
 from encore.tokenizer import load_tokenizer
@@ -35,7 +34,6 @@ BATCH_TOKENS = 2**13  # how many tokens are evaluated at a time; it does not cha
 
 
 def main() -> None:
-    stop_with_parent()
     params = load_params("evaluate")
     if arguments := torchrun_arguments("stages.evaluate", one_machine=True):
         run_under_torchrun(arguments, "stages.evaluate")
