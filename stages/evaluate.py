@@ -1,5 +1,6 @@
 """Evaluates the trained model: its loss over the whole val split, standard tasks, and samples of what it writes."""
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,10 @@ def write_samples(params: StageParams, model: Model) -> list[str]:
 
 
 def as_markdown(start: str, texts: list[str]) -> str:
-    """Each sample, prompt included, in a code block that the text itself cannot end."""
-    blocks = [f"## Sample {number}\n\n~~~~~~text\n{start}{text}\n~~~~~~\n" for number, text in enumerate(texts, 1)]
+    """Each sample, prompt included, in a code block that the text itself cannot end: it has no fence so long."""
+    longest = max(map(len, re.findall("~+", "\n".join([start, *texts]))), default=0)
+    fence = "~" * max(6, longest + 1)
+    blocks = [f"## Sample {number}\n\n{fence}text\n{start}{text}\n{fence}\n" for number, text in enumerate(texts, 1)]
     return "\n".join(["# What the model writes\n", *blocks])
 
 
