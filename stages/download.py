@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
+from encore.copies import check_copied
 from encore.errors import Interrupted, run_stage
 from encore.files import sha256_of, whole_folder, write_json
 from encore.history import record_stage
@@ -31,6 +32,7 @@ TEXT_BYTES_PER_TOKEN = {"gpt2": 4.40 * 1.02, "bpe": 6.0}
 
 def main() -> None:
     params = load_params("download")
+    check_copied(params.dataset, params.init_from)
     tokens = params.token_cap / (1 - params.val_fraction)
     text_bytes_per_token = TEXT_BYTES_PER_TOKEN[params.tokenizer]
     wanted = Wanted(params.text_column, int(tokens * text_bytes_per_token), params.shard_order, params.split_seed)
