@@ -6,8 +6,9 @@ import os
 import re
 import traceback
 from pathlib import Path
+from typing import Any
 
-CAN_DO_MORE = "its file system cannot do this: work, or set ENCORE_SCRATCH to a folder, on a local disk"
+CAN_DO_MORE = "its file system cannot do this: work on a local disk, or set ENCORE_SCRATCH to a folder on one"
 PERMISSIONS = "change the permissions"
 ROOM = "make room"
 OPEN_FILES = "raise `ulimit -n`"
@@ -58,7 +59,7 @@ def explain(error: BaseException) -> str | None:
         where, way_out = _name_file(error), WAYS_OUT.get(error.errno or 0, "mend that")
         return f"{where}{lines[0]}; {way_out}, then run the same command"
     if isinstance(error, ValueError) and "embedded null" in str(error):
-        return f"{_find_file(error)!r}: a name cannot hold the character NUL; give another name"
+        return f"{_find_name_with_nul(error)}: a name cannot hold the character NUL; give another name"
     return None
 
 
@@ -79,10 +80,21 @@ def _name_file(error: OSError) -> str:
 def _find_file(error: BaseException) -> str:
     """What the innermost function was at, an open file or a path, since `read`, `write` and `fsync` do not name theirs;
     the working directory where it was at none."""
-    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
-        values = list(frame.f_locals.values())
+    for values in _local_values(error):
         names = [value.name for value in values if isinstance(value, io.IOBase) and hasattr(value, "name")]
+        names += [value.lock_file for value in values if type(value).__name__.endswith("FileLock")]
         names += [str(value) for value in values if isinstance(value, Path)]
         if found := next((name for name in names if isinstance(name, str)), None):
             return found
     return os.getcwd()
+
+
+def _local_values(error: BaseException) -> list[list[Any]]:
+    """Of the functions that the error came through, the innermost first."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return [list(frame.f_locals.values()) for frame in reversed(frames)]
+
+
+def _find_name_with_nul(error: BaseException) -> str:
+    values = [value for values in _local_values(error) for value in values]
+    return next((repr(str(value)) for value in values if isinstance(value, str | Path) and "\0" in str(value)), "NUL")

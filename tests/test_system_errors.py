@@ -1,14 +1,18 @@
 """encore/system_errors.py: what disk and memory refuse, as a sentence that names file, cause and way out."""
 
 import errno
+import fcntl
 import os
 import re
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from encore.system_errors import WAYS_OUT, explain
 
@@ -68,7 +72,18 @@ def test_a_name_of_300_characters_and_one_with_nul(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 300)
     assert explain(caught(long.read_bytes)) == f"{long}: File name too long; give it a shorter name{AGAIN}"
     nul = tmp_path / "a\0b"
-    assert explain(caught(nul.read_bytes)) == f"{str(nul)!r}: a name cannot hold the character NUL; give another name"
+    for read in (nul.read_bytes, partial(shutil.copyfile, str(nul), tmp_path / "b")):
+        sentence = explain(caught(read))
+        assert sentence == f"{str(nul)!r}: a name cannot hold the character NUL; give another name"
+
+
+def test_a_lock_that_the_file_system_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    sentence = explain(caught(FileLock(tmp_path / "a.lock").acquire))
+    assert sentence == f"{tmp_path}/a.lock: No locks available; {WAYS_OUT[errno.ENOLCK]}{AGAIN}"
 
 
 def test_torch_and_numpy_without_memory() -> None:
