@@ -28,7 +28,13 @@ def test_a_name_of_gits(repository: str, name: str) -> None:
     assert find_revision(name) == Revision(name, repository)
 
 
-@pytest.mark.parametrize("name", ["--git-dir", "-h", "a\nb", "a\x1b[31m", "a\0b", "a\u202eb"])
-def test_options_and_what_a_terminal_would_obey_are_no_names(repository: str, name: str) -> None:
+@pytest.mark.parametrize("name", ["--git-dir", "-h", "--output=x"])
+def test_an_option_is_none(repository: str, name: str) -> None:
+    with pytest.raises(EncoreError, match=rf"^there is no experiment or commit named {name}; there are workspace, "):
+        find_revision(name)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "a\0b", "a\u202eb"])
+def test_what_a_terminal_would_obey_is_no_name(repository: str, name: str) -> None:
     with pytest.raises(EncoreError, match=rf"^{re.escape(repr(name))} is no name of an experiment or commit; "):
         find_revision(name)
