@@ -27,10 +27,15 @@ def keep_printing() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif _is_standard(stream):
             stream.flush()
-            buffer = io.BufferedWriter(Outlet(stream.fileno(), "w", closefd=False))
-            how = {"encoding": stream.encoding, "errors": "backslashreplace"}
-            buffered_by_line = stream.line_buffering or name == "stderr"
-            setattr(sys, name, io.TextIOWrapper(buffer, line_buffering=buffered_by_line, **how))
+            raw = Outlet(stream.fileno(), "w", closefd=False)
+            outlet = io.TextIOWrapper(
+                raw if stream.write_through else io.BufferedWriter(raw),  # `python -u` has no buffer
+                encoding=stream.encoding,
+                errors="backslashreplace",
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, outlet)
 
 
 def _is_standard(stream: Any) -> bool:

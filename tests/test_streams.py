@@ -70,3 +70,11 @@ def test_what_is_read_comes_in_order_and_whole(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "done"], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "before\n" + "".join(f"line {n} {'x' * 10_000}\n" for n in range(3)) + "from a child\n"
     assert done.stderr == "a note\n" * 3
+
+
+def test_without_a_buffer_what_is_printed_is_there_at_once():
+    script = "import os\nfrom encore.errors import run_stage\nrun_stage(lambda: (print('a', end=''), os._exit(0)))"
+    for setting, expected in (("1", b"a"), ("", b"")):
+        environment = {**os.environ, "PYTHONUNBUFFERED": setting}
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True)
+        assert done.stdout == expected
