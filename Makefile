@@ -20,7 +20,7 @@ help:
 	@echo 'make test    set up, then lint, check types and run all tests'
 	@echo 'make setup   make .venv with the versions of requirements.lock'
 
-setup: .venv/ready
+setup: .venv/ready .dvc/plots_template.html
 
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 FAILED := echo 'encore: pip could not install it (see above); check the network and the disk, then run make again' >&2; exit 1
@@ -31,8 +31,10 @@ FAILED := echo 'encore: pip could not install it (see above); check the network 
 	"$$PYTHON" -m venv --clear .venv
 	@echo 'Installing requirements.lock into .venv; this takes some minutes the first time.'
 	@$(PIP) -r requirements.lock && $(PIP) --no-deps --no-build-isolation -e . || { $(FAILED); }
-	@$(BIN)/python -m encore.plots_page && dvc config --local plots.html_template plots_template.html
 	@touch $@
+
+.dvc/plots_template.html: encore/plots_page.py encore/vega.py | .venv/ready
+	@$(BIN)/python -m encore.plots_page && dvc config --local plots.html_template plots_template.html
 
 repository:
 	@git rev-parse --git-dir >/dev/null 2>&1 || { echo 'encore: this folder is no git repository, which DVC needs: git clone it instead, or run here: git init && git add -A && git commit -m start' >&2; exit 1; }

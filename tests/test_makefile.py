@@ -40,7 +40,9 @@ def folder(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "requirements.lock").touch()
     (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/ready").touch()
+    for name in ("encore/plots_page.py", "encore/vega.py", ".venv/ready", ".dvc/plots_template.html"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     (tmp_path / ".venv/bin/python").write_text(PYTHON)
     (tmp_path / ".venv/bin/python").chmod(0o755)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
@@ -81,6 +83,14 @@ def test_a_python_of_any_name_is_started(folder: Path, python: str) -> None:
     run_make(folder, "setup", f"PYTHON={python}")  # it ends at pip, which is not there
     assert arguments_of(folder)[-3:] == ["venv", "--clear", ".venv"]
     assert not (folder / "ran").exists()
+
+
+def test_the_frame_of_the_curves_is_written_anew_where_its_source_is_newer(folder: Path) -> None:
+    (folder / ".venv/bin/dvc").symlink_to("python")
+    os.utime(folder / "encore/plots_page.py", (2**32, 2**32))
+    assert run_make(folder, "setup").returncode == 0
+    config = ["config", "--local", "plots.html_template", "plots_template.html"]
+    assert arguments_of(folder) == ["-m", "encore.plots_page", *config]
 
 
 @pytest.mark.parametrize("target", ["repro", "report"])
