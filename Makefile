@@ -1,13 +1,17 @@
 # make repro and make test each do their own set-up, in .venv. Everything else is plain dvc and pytest in there.
 
 # The first Python on the path that is new enough; PYTHON=/some/python takes another.
-PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
+FOUND := $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
 	$(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+# Recipes read both as variables of the shell, which runs nothing that is in them. They are taken as they were typed:
+# make itself would run a $(shell ...) in them.
+override export PYTHON := $(or $(value PYTHON),$(FOUND))
+override export EXPERIMENTS := $(value EXPERIMENTS)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro report play test
+.PHONY: help setup repository repro report play test
 
 help:
 	@echo 'make repro   set up, then run the pipeline on params.yaml and show what came out'
@@ -16,27 +20,32 @@ help:
 	@echo 'make test    set up, then lint, check types and run all tests'
 	@echo 'make setup   make .venv with the versions of requirements.lock'
 
-setup: .venv/ready
+setup: .venv/ready .dvc/plots_template.html
 
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 FAILED := echo 'encore: pip could not install it (see above); check the network and the disk, then run make again' >&2; exit 1
 
 .venv/ready: requirements.lock
-	@test -n '$(PYTHON)' || { echo 'encore: no Python 3.11 or newer on the path; install one, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("encore: $(PYTHON) is Python %d.%d; Encore needs 3.11 or newer: make PYTHON=/path/to/python3" % sys.version_info[:2])'
-	$(PYTHON) -m venv --clear .venv
+	@test -n "$$PYTHON" || { echo 'encore: no Python 3.11 or newer on the path; install one, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@"$$PYTHON" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("encore: %s is Python %d.%d; Encore needs 3.11 or newer: make PYTHON=/path/to/python3" % (sys.executable, *sys.version_info[:2]))'
+	"$$PYTHON" -m venv --clear .venv
 	@echo 'Installing requirements.lock into .venv; this takes some minutes the first time.'
 	@$(PIP) -r requirements.lock && $(PIP) --no-deps --no-build-isolation -e . || { $(FAILED); }
-	@$(BIN)/python -m encore.plots_page && dvc config --local plots.html_template plots_template.html
 	@touch $@
 
-repro: setup
+.dvc/plots_template.html: encore/plots_page.py encore/vega.py | .venv/ready
+	@$(BIN)/python -m encore.plots_page && dvc config --local plots.html_template plots_template.html
+
+repository:
+	@git rev-parse --git-dir >/dev/null 2>&1 || { echo 'encore: this folder is no git repository, which DVC needs: git clone it instead, or run here: git init && git add -A && git commit -m start' >&2; exit 1; }
+
+repro: repository setup
 	@dvc repro
 	@python -m encore.summary
 	@python -m encore.report
 
-report: setup
-	@python -m encore.report $(EXPERIMENTS)
+report: repository setup
+	@set -f; python -m encore.report -- $$EXPERIMENTS
 
 .venv/play: .venv/ready requirements-dev.lock
 	@echo 'Installing the playground; once.'

@@ -1,9 +1,10 @@
 """How Encore fails: one sentence on standard error and a non-zero exit code. A traceback means a bug of ours."""
 
-import errno
-import os
 import sys
 from collections.abc import Callable
+
+from encore.streams import keep_printing
+from encore.system_errors import explain
 
 
 class EncoreError(Exception):
@@ -24,6 +25,7 @@ class Interrupted(Exception):
 
 def run_stage(main: Callable[[], None]) -> None:
     """Runs a stage's `main` and turns the failures that a user can mend into a sentence and an exit code."""
+    keep_printing()
     try:
         main()
     except EncoreError as error:
@@ -32,11 +34,11 @@ def run_stage(main: Callable[[], None]) -> None:
         _exit(str(stop), stop.exit_code)
     except KeyboardInterrupt:
         _exit("stopped by Ctrl-C; run the same command to go on", 130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
             raise
-        where = error.filename or os.getcwd()
-        _exit(f"{where}: {error.strerror}; make room or change the permissions, then run the same command", 1)
+        _exit(sentence, 1)
 
 
 def _exit(message: str, exit_code: int) -> None:

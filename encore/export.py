@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from encore.errors import EncoreError
 from encore.files import read_json, write_json, write_whole
 from encore.init_from import CONFIG, RECORD, WEIGHTS
+from encore.initial_vocabulary import is_other_vocabulary
 from encore.models import gpt2_hub, nanochat_hub
 from encore.models.architectures import Config, Model, make_model
 from encore.models.gpt2 import GPT2, GPT2Config
@@ -61,7 +62,7 @@ def load_initial(folder: Path, config: Config, ranks: bytes) -> Model:
     vocabulary than the data's, whose ranks are given, or of another shape.
     """
     start = load_model(folder)
-    if start.config.vocab_size != config.vocab_size or _other_ranks(folder / RANKS_FILE, ranks):
+    if start.config.vocab_size != config.vocab_size or is_other_vocabulary(folder, ranks):
         raise EncoreError(
             f"{folder} holds weights for another vocabulary ({start.config.vocab_size} ids) than that of data/tokens "
             f"({config.vocab_size}); set init_from: scratch, or weights of this tokenizer"
@@ -80,7 +81,3 @@ def load_initial(folder: Path, config: Config, ranks: bytes) -> Model:
         state["wpe.weight"] = state["wpe.weight"][: config.block_size]
     model.load_state_dict(state)
     return model
-
-
-def _other_ranks(path: Path, ranks: bytes) -> bool:
-    return path.exists() and path.read_bytes() != ranks

@@ -1,15 +1,19 @@
 """Whole files: what is visible under its final name is complete (written beside, synced, renamed)."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from encore.errors import EncoreError
+
+# What NFS, CIFS, FUSE and others answer to a call that they do not have.
+NOT_ABLE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
 
 
 def sha256_of(path: Path) -> str:
@@ -87,6 +91,17 @@ def sync(path: Path) -> None:
     """Asks the disk to hold a file's bytes, or a folder's entries, before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with where_able() if path.is_dir() else nullcontext():
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def where_able() -> Iterator[None]:
+    """For what some file systems cannot do, and what no result depends on: it is then left undone."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NOT_ABLE:
+            raise

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from encore.files import write_json
-from encore.ranks import byte_characters
+from encore.ranks import spell
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -29,11 +29,6 @@ def save_hub_tokenizer(folder: Path, ranks: dict[bytes, int], block_size: int) -
 def describe(ranks: dict[bytes, int]) -> dict[str, Any]:
     """The `tokenizers` library's description of a byte-level BPE with GPT-2's pattern."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    names = byte_characters()
-
-    def spell(token: bytes) -> str:
-        return "".join(names[byte] for byte in token)
-
     end_of_text = {
         "id": len(ranks),
         "content": END_OF_TEXT,

@@ -5,6 +5,7 @@ brings the weights to data/init, where the train stage finds them without a netw
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from encore.errors import EncoreError
 
 SCRATCH = "scratch"
 CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "encore.json"
+RANKS, HUB_TOKENIZER, HUB_VOCABULARY = TOKENIZERS = ("tokenizer.tiktoken", "tokenizer.json", "vocab.json")
 # What transformers can be told to do otherwise, with weights of the same shapes.
 NANOCHAT = {
     "hidden_act": "relu2",
@@ -74,10 +76,30 @@ PUBLISHED = {
 }
 
 
+def find_files(folder: Path) -> list[Path]:
+    """What of a folder of weights is used: regular files of known names.
+
+    A link may lead to a file within the folder, or to the blobs of the Hub's cache where the folder is a snapshot of
+    it. Raises EncoreError where one leads elsewhere, since what is found there would be shared by `dvc push`.
+    """
+    paths = [folder / name for name in (CONFIG, WEIGHTS, RECORD, *TOKENIZERS)]
+    home = Path(os.path.realpath(folder))
+    places = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    for path in filter(Path.is_symlink, paths):
+        target = Path(os.path.realpath(path))
+        if not any(target.is_relative_to(place) for place in places):
+            raise EncoreError(
+                f"init_from: {path} is a link to {target}, outside of its folder; "
+                "put a copy in its place (`cp -L`), or name the folder of the files themselves"
+            )
+    return [path for path in paths if path.is_file()]
+
+
 def read_shape(folder: Path) -> Shape:
     """The shape of the weights in a folder. Raises EncoreError where it holds none that Encore can compute with."""
+    files = find_files(folder)
     for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
+        if folder / name not in files:
             raise EncoreError(f"init_from: {folder / name} is missing; name a folder that holds {CONFIG} and {WEIGHTS}")
     try:
         config = json.loads((folder / CONFIG).read_bytes())
@@ -93,7 +115,7 @@ def read_shape(folder: Path) -> Shape:
         if architecture != "gpt2":
             return _nanochat_shape(config)
         # Only Encore has models without biases, and says so in its record.
-        bias = json.loads((folder / RECORD).read_bytes())["bias"] if (folder / RECORD).exists() else True
+        bias = json.loads((folder / RECORD).read_bytes())["bias"] if folder / RECORD in files else True
         return Shape("gpt2", config["n_layer"], config["n_head"], config["n_embd"], bias, config["n_positions"])
     except (KeyError, TypeError, ValueError) as error:
         raise EncoreError(

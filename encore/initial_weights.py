@@ -1,11 +1,12 @@
 """Brings the weights that training starts from to the folder data/init. Part of the download stage."""
 
 import shutil
+import sys
 from pathlib import Path
 
 from encore.files import link_or_copy, sha256_of, write_json
 from encore.hub import fetch_model
-from encore.init_from import CONFIG, PUBLISHED, RECORD, SCRATCH, WEIGHTS, read_shape
+from encore.init_from import CONFIG, PUBLISHED, SCRATCH, TOKENIZERS, WEIGHTS, find_files, read_shape
 
 MANIFEST = "manifest.json"
 
@@ -21,9 +22,15 @@ def fetch_initial(init_from: str, folder: Path, scratch: Path) -> None:
             link_or_copy(path, folder / path.name)
     elif init_from != SCRATCH:
         read_shape(Path(init_from))
-        for path in sorted(Path(init_from).iterdir()):
-            if path.name in (CONFIG, WEIGHTS, RECORD) or path.suffix == ".tiktoken":
-                # A copy: DVC would make a hard link, and the user's file with it, read-only.
-                shutil.copyfile(path, folder / path.name)
+        paths = find_files(Path(init_from))
+        for path in paths:
+            # A copy: DVC would make a hard link, and the user's file with it, read-only.
+            shutil.copyfile(path, folder / path.name)
+        if not any(path.name in TOKENIZERS for path in paths):
+            print(
+                f"encore: note: {init_from} has no {' or '.join(TOKENIZERS)}, so nothing tells whether its ids mean "
+                "the tokens of the data; compare the first loss of training with that of the weights",
+                file=sys.stderr,
+            )
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
     write_json(folder / MANIFEST, {"init_from": init_from, "files": files})

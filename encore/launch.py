@@ -16,6 +16,7 @@ from io import StringIO
 import torch
 
 from encore.errors import EncoreError, Interrupted
+from encore.signals import SIGNALS
 
 ARGUMENTS = "ENCORE_TORCHRUN"
 ONE_MACHINE = ("1", "1:1")  # torchrun's --nnodes
@@ -65,6 +66,8 @@ def run_under_torchrun(arguments: list[str], module: str) -> None:
         if parsed.nnodes not in ONE_MACHINE:
             # Machines count restarts each for itself: the ranks must meet in a new store, or find old addresses.
             os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup; torchrun would take it as a stop
+            parsed.signals_to_handle = "SIGTERM,SIGINT,SIGQUIT"
         # A failure is told below, unless a restart follows it.
         logging.disable(logging.WARNING if parsed.max_restarts else logging.ERROR)
         # Nor who left first, where all have ended well and one machine's goodbye misses the other's store.
@@ -110,7 +113,7 @@ def _refused(arguments: str, error: Exception) -> EncoreError:
 
 def _failed(rank: int, exit_code: int) -> Exception:
     """What to raise for the first rank that failed; a negative exit code is the number of the signal that killed it."""
-    if exit_code - 128 in (signal.SIGTERM, signal.SIGINT):  # another machine's ranks were told to stop
+    if exit_code - 128 in (*SIGNALS, signal.SIGHUP):  # another machine's ranks were told to stop
         return Interrupted(exit_code - 128, STOPPED)
     if exit_code < 0:
         name = signal.Signals(-exit_code).name

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from encore.files import write_whole
+from encore.markup import as_markdown, as_markdown_code
 
 CARD = "README.md"
 TITLES = {
@@ -45,15 +46,15 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
     library = ["library_name: transformers"] if is_known else []
     front = ["---", *library, "pipeline_tag: text-generation", *datasets, "---"]
     facts = {
-        "data": f"`{data['dataset']}` at `{data['dataset_revision']}`",
-        "licence of the data": data["licence"] or "not named by the source: look there before you publish",
+        "data": f"{as_markdown_code(data['dataset'])} at {as_markdown_code(data['dataset_revision'])}",
+        "licence of the data": as_markdown(data["licence"] or "not named by the source: look there before you publish"),
         "tokens": f"{summary['tokens_seen']:,} seen, {data['train_tokens']:,} in the training split",
-        "tokenizer": f"`{data['tokenizer']}`, {data['vocab_size']:,} ids",
+        "tokenizer": f"{as_markdown_code(data['tokenizer'])}, {data['vocab_size']:,} ids",
         "parameters": f"{summary['parameters']:,}",
-        "started from": f"`{params['init_from']}`",
+        "started from": as_markdown_code(params["init_from"]),
         "iterations": f"{summary['iter']:,}",
         "loss": f"train {summary['train']['loss']:.4f}, val {summary['val']['loss']:.4f} nats a token",
-        "hardware": f"{summary['devices']} x {summary['device']}",
+        "hardware": f"{summary['devices']} x {as_markdown(summary['device'])}",
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
     }
     lines = [

@@ -23,10 +23,11 @@ from encore.errors import EncoreError, run_stage
 from encore.export import RECORD
 from encore.files import read_json
 from encore.generate import encode_prompt, generate_with_scores, note_of_cut, open_model
+from encore.local_only import HOSTS, LocalOnly
+from encore.markup import as_html, as_markdown_code
 from encore.models.architectures import Model
-from encore.token_html import CSS, TEXT, TOOLTIP, TokenSpans, describe, escape, legend
+from encore.token_html import CSS, TEXT, TOOLTIP, TokenSpans, describe, legend
 
-HOST = "127.0.0.1"
 UPDATE_SECONDS = 0.05  # between two looks of the growing text: a browser need not draw each of 500 tokens a second
 LARGEST_SEED = 2**53 - 1  # whole numbers up to here are exact in a browser
 
@@ -69,8 +70,9 @@ def model_facts(folder: Path, model: Model) -> str:
     ]
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
     if data := record.get("data"):
-        facts.append(f"trained on `{data['dataset']}` at `{data['dataset_revision']}`")
-    return f"`{folder}`: " + " · ".join(facts)
+        dataset, revision = (as_markdown_code(str(data[key])) for key in ("dataset", "dataset_revision"))
+        facts.append(f"trained on {dataset} at {revision}")
+    return f"{as_markdown_code(str(folder))}: " + " · ".join(facts)
 
 
 def build_page(gradio: Any, model: Model, tokenizer: tiktoken.Encoding, facts: str) -> Any:
@@ -131,7 +133,7 @@ def write(
     note = f"Note: {cut}. " if cut else ""
     generator = torch.Generator().manual_seed(seed)
     spans = TokenSpans()
-    html = f'<span class="prompt">{escape(text)}</span>'
+    html = f'<span class="prompt">{as_html(text)}</span>'
     count, shown = 0, 0.0
     for token, scores in generate_with_scores(
         model, prompt, max_new_tokens, temperature, top_k or None, top_p, tokenizer.eot_token, generator
@@ -147,11 +149,13 @@ def write(
 
 def serve(gradio: Any, page: Any, port: int) -> None:
     """Serves the page until Ctrl-C."""
+    from starlette.middleware import Middleware
+
     # The default's hints are too pale to be read; its fonts come with gradio.
     theme = gradio.themes.Default().set(block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400")
     try:
         page.launch(
-            server_name=HOST,
+            server_name=HOSTS[0],
             server_port=port,
             share=False,
             ssr_mode=False,
@@ -161,12 +165,13 @@ def serve(gradio: Any, page: Any, port: int) -> None:
             css=CSS,
             quiet=True,
             prevent_thread_lock=True,
+            app_kwargs={"middleware": [Middleware(LocalOnly)]},
         )
     except OSError as error:
         if "Cannot find empty port" not in str(error):
             raise
         raise EncoreError(f"port {port} is in use; end what serves there, or take another with --port") from None
-    print(f"http://{HOST}:{port} serves the playground; Ctrl-C ends it", flush=True)
+    print(f"http://{HOSTS[0]}:{port} serves the playground; Ctrl-C ends it", flush=True)
     # As a shell starts a command in the background, it ignores SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -179,7 +184,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m encore.play", description="A page in the browser to try a model on.")
     parser.add_argument("--model", type=Path, default=Path("model"), metavar="DIR", help="default: model")
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="on 127.0.0.1; default: 7860")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not 0 < arguments.port < 2**16:
+        raise EncoreError(f"--port {arguments.port}: ports are numbers from 1 to 65535; take one of them")
+    return arguments
 
 
 if __name__ == "__main__":

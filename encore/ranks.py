@@ -5,6 +5,7 @@ A line for each: its bytes in base64, and its rank, which is also its id.
 
 import base64
 import binascii
+from functools import cache
 from pathlib import Path
 
 from encore.errors import EncoreError
@@ -18,11 +19,8 @@ def write_ranks(ranks: dict[bytes, int]) -> bytes:
 
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Reads a ranks file. Raises EncoreError where it is missing or damaged."""
-    ranks = {}
     try:
-        for line in path.read_bytes().splitlines():
-            token, rank = line.split()
-            ranks[binascii.a2b_base64(token, strict_mode=True)] = int(rank)
+        ranks = parse_ranks(path.read_bytes())
     except FileNotFoundError:
         raise EncoreError(f"{path} is missing; `dvc repro` makes it") from None
     except ValueError:
@@ -32,6 +30,22 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
+def parse_ranks(data: bytes) -> dict[bytes, int]:
+    """What the bytes of a ranks file say. Raises ValueError where a line does not have its form."""
+    ranks = {}
+    for line in data.splitlines():
+        token, rank = line.split()
+        ranks[binascii.a2b_base64(token, strict_mode=True)] = int(rank)
+    return ranks
+
+
+def spell(token: bytes) -> str:
+    """A token as a byte-level vocabulary writes it."""
+    names = byte_characters()
+    return "".join(names[byte] for byte in token)
+
+
+@cache
 def byte_characters() -> dict[int, str]:
     """The printable character by which a byte-level vocabulary writes each byte (GPT-2's `bytes_to_unicode`):
     printable Latin-1 characters stand for themselves, the other bytes for the characters from U+0100 on."""

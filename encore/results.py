@@ -154,7 +154,8 @@ def _entries(stage: dict[str, Any]) -> list[str]:
 
 def split_samples(markdown: str) -> list[tuple[str, str]]:
     """The heading and the text of each code block."""
-    return re.findall(r"^## ([^\n]*)\n\n~~~~~~text\n(.*?)\n~~~~~~$", markdown, re.M | re.S)
+    blocks = re.findall(r"^## ([^\n]*)\n\n(~{6,})text\n(.*?)\n\2$", markdown, re.M | re.S)
+    return [(heading, text) for heading, _, text in blocks]
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -45,6 +45,8 @@ def find_revision(name: str) -> Revision:
     """
     if name == WORKSPACE:
         return Revision(name, None)
+    if not name.isprintable():
+        raise EncoreError(f"{name!r} is no name of an experiment or commit; `dvc exp list` has the experiments' names")
     commit = experiments().get(name) or _git(
         "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"
     )

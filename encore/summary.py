@@ -51,7 +51,8 @@ def first_sample(markdown: str) -> str:
     fences = [number for number, line in enumerate(lines) if line.startswith("~~~~~~")]
     if not fences:
         return "  (num_samples is 0: no samples)"
-    block = lines[fences[0] + 1 : fences[1]]
+    block = lines[fences[0] + 1 :]
+    block = block[: block.index(lines[fences[0]].removesuffix("text"))]
     rest = ["..."] if len(block) > SAMPLE_LINES else []
     return "\n".join(f"  | {line}" for line in [*block[:SAMPLE_LINES], *rest])
 

@@ -8,6 +8,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from encore.files import where_able
+
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Writes a safetensors file, with the mark that transformers asks for. Raises OSError, as writing a file does."""
@@ -18,4 +20,5 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-    path.chmod(0o644)  # safetensors makes it readable for its owner alone
+    with where_able():
+        path.chmod(0o644)  # safetensors makes it readable for its owner alone

@@ -4,13 +4,14 @@ A probability is the model's own: the softmax of its scores, before temperature,
 """
 
 import codecs
-import html
 import json
 import math
 from typing import NamedTuple
 
 import tiktoken
 import torch
+
+from encore.markup import as_html
 
 ALTERNATIVES = 5
 STRONGEST_BITS = 10  # a surprise of this and more, a probability of a thousandth and less, has the full tint
@@ -129,7 +130,7 @@ def token_span(text: str, choices: list[Choice]) -> str:
     classes = "token newline" if "\n" in text else "token"
     return (
         f'<span class="{classes}" style="--surprise: {surprise(probability):.2f}" '
-        f'data-tables="{html.escape(json.dumps(tables))}">{escape(text)}</span>'
+        f'data-tables="{as_html(json.dumps(tables))}">{as_html(text)}</span>'
     )
 
 
@@ -148,11 +149,6 @@ def legend() -> str:
         f"<p>Tinted by probability: {swatches}</p><p>It is the model's own, at temperature 1 and among all tokens; "
         "temperature, top-k and top-p change what is drawn, not these numbers.</p>"
     )
-
-
-def escape(text: str) -> str:
-    """Text as HTML that a browser reads back as the same characters. There is none for NUL."""
-    return html.escape(text).replace("\r", "&#13;").replace("\0", "\ufffd")
 
 
 def quote(token: bytes) -> str:

@@ -12,6 +12,12 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
+MODES = (
+    "online",
+    "offline",
+    "run",
+    "dryrun",
+)  # the last two are wandb's old words for the first two, and it knows them
 SECONDS_TO_START = 30.0
 SECONDS_TO_FINISH = 60.0  # how long a finished training waits for wandb to have sent the rest
 
@@ -60,7 +66,10 @@ class WandbRun:
 
 def start_wandb(config: dict[str, Any], run_id: str | None) -> WandbRun | None:
     """Starts a run, or continues `run_id`, in the mode that WANDB_MODE names; None where it asks for none."""
-    if os.environ.get("WANDB_MODE", "disabled") not in ("online", "offline"):
+    mode = os.environ.get("WANDB_MODE") or "disabled"
+    if mode not in MODES:
+        if mode != "disabled":
+            _note(f"WANDB_MODE={mode} is none of {', '.join(MODES)}; training goes on without wandb")
         return None
     name = run_id or secrets.token_hex(4)
     return WandbRun(name, partial(_open, config, name))

@@ -18,3 +18,9 @@ if sys.version_info < (3, 11) or missing:
 # torch's threads on the CPU wait for each other by spinning, ten times as long by default. With another busy program on
 # two cores, the default run then did 4,600 tokens/s, and 9,100 so; alone it is as fast. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+
+# Before a stage imports torch, which takes seconds, and only where this is its start: tests import stages as well.
+from encore.signals import stop_with_parent  # noqa: E402
+
+if sys.argv[0] == "-m":
+    stop_with_parent()

@@ -7,6 +7,7 @@ so a wrong page stops every run here, and a right one never makes a later stage 
 import sys
 from pathlib import Path
 
+from encore.copies import check_copied
 from encore.errors import EncoreError, run_stage
 from encore.files import write_whole
 from encore.history import record_stage
@@ -19,6 +20,7 @@ MARKER = Path("data/params_checked")
 
 def main() -> None:
     params = check_page(PAGE)
+    check_copied(params.dataset, params.init_from)
     if misfits := find_misfits(params.model_dump()):
         raise EncoreError(list_problems(PAGE, misfits))
     for warning in find_warnings(params):

@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
+from encore.copies import check_copied
 from encore.errors import Interrupted, run_stage
 from encore.files import sha256_of, whole_folder, write_json
 from encore.history import record_stage
 from encore.initial_weights import fetch_initial
 from encore.params import load_params
 from encore.scratch import scratch_folder
-from encore.signals import stop_with_parent
 from encore.sources import Wanted, fetch, fetch_gpt2_ranks
 from encore.tasks import fetch_tasks
 from stages import STARTED
@@ -32,6 +32,7 @@ TEXT_BYTES_PER_TOKEN = {"gpt2": 4.40 * 1.02, "bpe": 6.0}
 
 def main() -> None:
     params = load_params("download")
+    check_copied(params.dataset, params.init_from)
     tokens = params.token_cap / (1 - params.val_fraction)
     text_bytes_per_token = TEXT_BYTES_PER_TOKEN[params.tokenizer]
     wanted = Wanted(params.text_column, int(tokens * text_bytes_per_token), params.shard_order, params.split_seed)
@@ -71,13 +72,15 @@ def main() -> None:
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """Ends the stage at SIGTERM in order: the unfinished data/raw goes, and what was downloaded stays."""
+    """Ends the stage in order: the unfinished data/raw goes, and what was downloaded stays."""
     signal.signal(number, signal.SIG_DFL)
-    raise Interrupted(number, "stopped by SIGTERM; what is downloaded is kept, run the same command to go on")
+    name = signal.Signals(number).name
+    raise Interrupted(number, f"stopped by {name}; what is downloaded is kept, run the same command to go on")
 
 
 if __name__ == "__main__":
-    stop_with_parent()
     signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup lets it be ignored
+        signal.signal(signal.SIGHUP, stop)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
     run_stage(main)

@@ -1,5 +1,6 @@
 """Evaluates the trained model: its loss over the whole val split, standard tasks, and samples of what it writes."""
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from encore.launch import run_under_torchrun, torchrun_arguments
 from encore.models.architectures import Model
 from encore.params import StageParams, load_params
 from encore.progress import Progress
-from encore.signals import stop_with_parent
 from encore.tasks import run_tasks
 from encore.token_files import RANKS_FILE, TokenSplit
 from encore.tokenizer import load_tokenizer
@@ -36,7 +36,6 @@ BATCH_TOKENS = {"cpu": 2**13, "cuda": 2**16, "mps": 2**13}
 
 
 def main() -> None:
-    stop_with_parent()
     params = load_params("evaluate")
     if arguments := torchrun_arguments("stages.evaluate", one_machine=True):
         run_under_torchrun(arguments, "stages.evaluate")
@@ -99,8 +98,10 @@ def write_samples(params: StageParams, model: Model) -> list[str]:
 
 
 def as_markdown(start: str, texts: list[str]) -> str:
-    """Each sample, prompt included, in a code block that the text itself cannot end."""
-    blocks = [f"## Sample {number}\n\n~~~~~~text\n{start}{text}\n~~~~~~\n" for number, text in enumerate(texts, 1)]
+    """Each sample, prompt included, in a code block that the text itself cannot end: it has no fence so long."""
+    longest = max(map(len, re.findall("~+", "\n".join([start, *texts]))), default=0)
+    fence = "~" * max(6, longest + 1)
+    blocks = [f"## Sample {number}\n\n{fence}text\n{start}{text}\n{fence}\n" for number, text in enumerate(texts, 1)]
     return "\n".join(["# What the model writes\n", *blocks])
 
 

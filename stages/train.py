@@ -31,7 +31,7 @@ from encore.params import StageParams, load_params
 from encore.ranks import read_ranks
 from encore.records import Records
 from encore.scratch import scratch_folder
-from encore.signals import StopRequest, stop_with_parent
+from encore.signals import StopRequest
 from encore.token_files import RANKS_FILE, TokenSplit, manifest_sha256
 from encore.trainer import Trainer
 from encore.wandb_run import start_wandb
@@ -45,7 +45,6 @@ LOG = Path("training.log")
 
 
 def main() -> None:
-    stop_with_parent()
     params = load_params("train")
     if arguments := torchrun_arguments("stages.train"):
         run_under_torchrun(arguments, "stages.train")

@@ -340,6 +340,7 @@ def test_killed_at_random_moments(tmp_path: Path, slow: tuple[Hub, Hub], undistu
     [
         (signal.SIGINT, 130, "stopped by Ctrl-C; run the same command to go on"),
         (signal.SIGTERM, 143, "stopped by SIGTERM; what is downloaded is kept, run the same command to go on"),
+        (signal.SIGHUP, 129, "stopped by SIGHUP; what is downloaded is kept, run the same command to go on"),
     ],
 )
 def test_signals_end_a_stage_that_waits_for_a_server(

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from torch.nn import functional as F
 
 from encore.export import save_model
@@ -162,6 +163,17 @@ def test_weights_from_transformers_have_the_loss_that_transformers_finds(tmp_pat
                 .item()
             )
     assert run(tmp_path)["loss"] == pytest.approx(nats / 699, rel=1e-6)
+
+
+@pytest.mark.parametrize("fence", ["~~~~~~", "~~~~~~~~~~~", "```", "\r~~~~~~~\r"])
+def test_no_text_ends_its_code_block(fence):
+    texts = [f"a\n{fence}\n<script>alert(1)</script>\n{fence}text\nb", f"{fence}\n# c"]
+    blocks = [token for token in MarkdownIt().parse(evaluate.as_markdown("> ", texts)) if token.type == "fence"]
+    # CommonMark ends a line at a carriage return as well.
+    assert [block.content for block in blocks] == [
+        f"> {text}\n".replace("\r\n", "\n").replace("\r", "\n") for text in texts
+    ]
+    assert {block.info for block in blocks} == {"text"}
 
 
 def test_samples_are_the_same_for_the_same_seed(model, tmp_path):

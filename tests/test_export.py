@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from encore.errors import EncoreError
 from encore.export import CONFIG, RECORD, WEIGHTS, load_initial, load_model, save_model
+from encore.hub_tokenizer import save_hub_tokenizer
 from encore.models.gpt2 import GPT2, GPT2Config
+from encore.ranks import write_ranks
 from encore.token_files import RANKS_FILE
 
 TOKENS = torch.randint(301, (2, 16), generator=torch.Generator().manual_seed(5))
@@ -180,6 +182,19 @@ def test_a_start_for_another_vocabulary_is_refused(exported):
         assert str(error.value) == sentence.format(vocab_size)
     (folder / RANKS_FILE).unlink()
     load_initial(folder, saved.config, b"other")  # nothing says that they are others
+
+
+def test_a_start_whose_tokenizer_json_has_other_ids_is_refused(tmp_path):
+    """As transformers leaves a model: tokenizer.json, and no ranks."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"%03d" % number: 256 + number for number in range(44)}
+    model = make_model(bias=True)
+    save_model(tmp_path, model, write_ranks(ranks), {})
+    save_hub_tokenizer(tmp_path, ranks, block_size=16)
+    (tmp_path / RANKS_FILE).unlink()
+    load_initial(tmp_path, model.config, write_ranks(ranks))
+    ranks[b"000"], ranks[b"001"] = ranks[b"001"], ranks[b"000"]
+    with pytest.raises(EncoreError, match=f"^{tmp_path} holds weights for another vocabulary"):
+        load_initial(tmp_path, model.config, write_ranks(ranks))
 
 
 @pytest.mark.parametrize("change", [{"n_layer": 1}, {"n_layer": 3}, {"n_head": 4}, {"n_embd": 64}, {"block_size": 17}])

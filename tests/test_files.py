@@ -1,15 +1,27 @@
 """encore/files.py: whatever is visible under its final name is whole."""
 
+import errno
 import hashlib
 import json
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from encore.errors import EncoreError
-from encore.files import link_or_copy, read_json, sha256_of, whole_folder, write_json, write_tsv, write_whole
+from encore.files import (
+    link_or_copy,
+    read_json,
+    sha256_of,
+    sync,
+    where_able,
+    whole_folder,
+    write_json,
+    write_tsv,
+    write_whole,
+)
 
 AWKWARD = [0.1 + 0.2, 1 / 3, 6e-05, 1e-320, 1.7976931348623157e308, 5e-324, 2**53 + 1.0, -0.0]
 
@@ -151,6 +163,44 @@ def test_a_link_takes_no_room_and_a_copy_where_there_are_none(tmp_path: Path, mo
     assert source.stat().st_ino != (tmp_path / "copy").stat().st_ino
     assert (tmp_path / "copy").read_bytes() == b"data"
     assert names_in(tmp_path) == ["copy", "link", "source"]
+
+
+def fsync_that_fails_for(is_folder: bool, number: int) -> Callable[[int], None]:
+    """fsync of a file system that refuses folders, or of a disk that fails."""
+
+    def fsync(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}") == is_folder:
+            raise OSError(number, os.strerror(number))
+
+    return fsync
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_sync_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr("encore.files.os.fsync", fsync_that_fails_for(True, number))
+    with whole_folder(tmp_path / "model") as partial:
+        write_whole(partial / "a", b"data")
+    assert (tmp_path / "model" / "a").read_bytes() == b"data"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
+@pytest.mark.parametrize(("is_folder", "number"), [(True, errno.EIO), (False, errno.EINVAL), (False, errno.EIO)])
+def test_a_disk_that_fails_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_folder: bool, number: int
+) -> None:
+    (tmp_path / "a").touch()
+    monkeypatch.setattr("encore.files.os.fsync", fsync_that_fails_for(is_folder, number))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        sync(tmp_path if is_folder else tmp_path / "a")
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS])
+def test_what_a_file_system_cannot_do_is_left_undone(number: int) -> None:
+    with where_able():
+        raise OSError(number, os.strerror(number))
+    with pytest.raises(OSError, match=r"Errno 5\b"), where_able():
+        raise OSError(errno.EIO, "Input/output error")
 
 
 def test_floats_read_back_as_the_same_bits(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import torch
 
 from encore.errors import EncoreError
 from encore.export import save_model
-from encore.init_from import NAMES, PUBLISHED, Shape, find_misfits, read_shape
+from encore.init_from import NAMES, PUBLISHED, RANKS, Shape, find_misfits, read_shape
 from encore.models.gpt2 import GPT2, GPT2Config
 from encore.models.gpt2_hub import to_hub_config
+from encore.token_files import RANKS_FILE
 
 CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 16}
 SHAPE = Shape(architecture="gpt2", n_layer=2, n_head=4, n_embd=32, bias=True, block_size=16)
@@ -48,6 +49,10 @@ def test_published_weights_have_the_published_number_of_parameters(name: str, pa
     assert model.count_parameters() == parameters
     assert published.repository == f"openai-community/{name}"
     assert re.fullmatch("[0-9a-f]{40}", published.commit)
+
+
+def test_the_ranks_have_the_name_that_encore_gives_them() -> None:
+    assert RANKS == RANKS_FILE
 
 
 def test_all_that_is_published_is_told_apart() -> None:

@@ -138,10 +138,11 @@ def test_room_is_asked_for_first(hub: Hub, fetch_folder: Path, monkeypatch: pyte
 
 
 def test_a_folder_is_copied_and_stays_the_users(fetch_folder: Path) -> None:
-    files = {**WANTED, "encore.json": b'{"bias": false}', "bpe.tiktoken": b"ranks"}
+    tokenizers = {"tokenizer.tiktoken": b"ranks", "tokenizer.json": b"{}", "vocab.json": b"{}"}
+    files = {**WANTED, "encore.json": b'{"bias": false}', **tokenizers}
     weights = Path("weights")
     (weights / "runs").mkdir(parents=True)
-    for name, content in {**files, "optimizer.pt": b"pickled", "README.md": b"mine"}.items():
+    for name, content in {**files, "optimizer.pt": b"pickled", "README.md": b"mine", "secret.tiktoken": b"?"}.items():
         (weights / name).write_bytes(content)
     fetch(fetch_folder, "weights/")
     assert contents(fetch_folder) == files
@@ -153,6 +154,87 @@ def test_a_folder_is_copied_and_stays_the_users(fetch_folder: Path) -> None:
     for name, content in files.items():
         assert (weights / name).read_bytes() == content
         assert (weights / name).stat().st_mode & 0o200
+
+
+def write_weights(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name, content in WANTED.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "encore.json", "tokenizer.json", "vocab.json"])
+@pytest.mark.parametrize("link", ["absolute", "relative", "through a folder", "to another link"])
+def test_a_link_to_elsewhere_is_refused(fetch_folder: Path, name: str, link: str) -> None:
+    secret = Path("credentials")
+    secret.write_text(json.dumps(CONFIG))
+    folder = write_weights(Path("weights"))
+    (folder / name).unlink(missing_ok=True)
+    targets = {"absolute": secret.absolute(), "relative": "../credentials", "through a folder": "home/credentials"}
+    (folder / "home").symlink_to(Path.cwd())
+    (folder / "other").symlink_to(secret.absolute())
+    (folder / name).symlink_to(targets.get(link, "other"))
+    with pytest.raises(EncoreError) as error:
+        fetch(fetch_folder, "./weights")
+    assert str(error.value) == (
+        f"init_from: weights/{name} is a link to {secret.absolute()}, outside of its folder; "
+        "put a copy in its place (`cp -L`), or name the folder of the files themselves"
+    )
+    assert list(fetch_folder.iterdir()) == []
+
+
+def test_links_within_the_folder_and_of_the_hubs_cache_are_followed(fetch_folder: Path) -> None:
+    """The cache keeps models--OWNER--NAME/blobs/HASH, and links to them in snapshots/COMMIT."""
+    cache = Path("models--owner--name")
+    blobs, snapshot = write_weights(cache / "blobs"), cache / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for name in WANTED:
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    fetch(fetch_folder, f"./{snapshot}")
+    assert contents(fetch_folder) == WANTED
+    assert not any(path.is_symlink() for path in fetch_folder.iterdir())
+
+    (blobs / "runs").mkdir()
+    (blobs / "model.safetensors").rename(blobs / "runs/newest")
+    (blobs / "model.safetensors").symlink_to("runs/newest")
+    Path("named").symlink_to(blobs)  # the folder itself may be a link: it is what was asked for
+    fetch(fetch_folder, "./named")
+    assert contents(fetch_folder) == WANTED
+
+
+def test_a_blob_that_is_a_link_to_elsewhere_is_refused(fetch_folder: Path) -> None:
+    cache = Path("models--owner--name")
+    snapshot = write_weights(cache / "snapshots" / COMMIT)
+    (cache / "blobs").mkdir()
+    Path("credentials").write_text(json.dumps(CONFIG))
+    (cache / "blobs/hash").symlink_to(Path("credentials").absolute())
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("../../blobs/hash")
+    with pytest.raises(EncoreError, match=r"/config\.json is a link to .*/credentials, outside"):
+        fetch(fetch_folder, f"./{snapshot}")
+
+
+def test_what_is_no_regular_file_is_not_read(fetch_folder: Path) -> None:
+    folder = write_weights(Path("weights"))
+    os.mkfifo(folder / "tokenizer.json")
+    (folder / "vocab.json").mkdir()
+    fetch(fetch_folder, "./weights")
+    assert contents(fetch_folder) == WANTED
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(EncoreError, match=r"^init_from: weights/config\.json is missing; "):
+        fetch(fetch_folder, "./weights")
+
+
+def test_weights_without_a_tokenizer_are_noted(fetch_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_weights(Path("weights"))
+    fetch(fetch_folder, "./weights")
+    assert capsys.readouterr().err.startswith(
+        "encore: note: ./weights has no tokenizer.tiktoken or tokenizer.json or vocab.json, so nothing tells whether"
+    )
+    (folder / "vocab.json").write_text("{}")
+    fetch(fetch_folder, "./weights")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_folder_without_weights_is_refused(fetch_folder: Path) -> None:
@@ -183,7 +265,7 @@ def test_a_run_goes_on_from_the_weights_of_another(finished: Path) -> None:
     write_page(finished / "params.yaml", **page)
     run_dvc(finished, "repro")
     assert read_val_losses(finished)[0] == pytest.approx(losses[-1], abs=1e-4)
-    brought = {"config.json", "encore.json", "model.safetensors", "tokenizer.tiktoken"}
+    brought = {"config.json", "encore.json", "model.safetensors", "tokenizer.tiktoken", "tokenizer.json"}
     assert contents(finished / "data/init") == {name: before[name] for name in brought}
     assert {path.name: path.read_bytes() for path in weights.iterdir()} == before
     assert all(os.access(path, os.W_OK) and path.stat().st_nlink == 1 for path in weights.iterdir())

@@ -1,9 +1,12 @@
 """The model card: its numbers, its front matter, and the code that it shows."""
 
 import json
+import re
+from html import escape
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from ruamel.yaml import YAML
 
 from encore.export import save_model
@@ -73,6 +76,17 @@ def test_what_it_says(tmp_path):
     shown = card.split("```json\n")[1].split("```")[0]
     assert json.loads(shown) == RECORD["params"]
     assert "22,694" not in card, "what a clock says would make the same run's bytes differ"
+
+
+def test_what_the_hub_says_of_the_licence_is_text(tmp_path):
+    """The data set's card is its owner's, and so are the names of files."""
+    licence = "mit |\n\n# <script>alert(1)</script> ![x](http://elsewhere/x.png)"
+    card = make_card(tmp_path / "model", licence=licence, dataset="files:`|<img src=//elsewhere>/*.txt")
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(card.split("---\n", 2)[2])
+    for written in (licence, "files:`|<img src=//elsewhere>/*.txt"):
+        assert f"<td>{escape(' '.join(written.split()))}" in html
+    assert not re.search("<(script|img|a )", html)
+    assert html.count("<h1>") == 1
 
 
 def test_only_data_of_the_hub_is_named_to_the_hub(tmp_path):

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from html.parser import HTMLParser
+from http.client import HTTPConnection
 from itertools import pairwise
 
 import pytest
@@ -20,8 +21,9 @@ from encore import play
 from encore.errors import EncoreError
 from encore.export import load_model
 from encore.generate import generate_with_scores
+from encore.local_only import POLICY
 from encore.token_files import RANKS_FILE
-from encore.token_html import Choice, TokenSpans, describe, escape, surprise
+from encore.token_html import Choice, TokenSpans, describe, surprise
 from encore.tokenizer import load_tokenizer
 from tests.browser import chromium_page
 from tests.conftest import ROOT, pipeline_environment
@@ -130,10 +132,6 @@ def test_the_tint_is_the_surprise_of_all_tokens_of_a_span():
     assert 'style="--surprise: 0.30"' in made.add(Choice(b"\xa9", 0.25, []))
 
 
-def test_html_has_no_nul():
-    assert escape("a\0\r<") == "a\ufffd&#13;&lt;"
-
-
 # The text.
 
 HOW = {"max_new_tokens": 30, "temperature": 1.3, "top_k": 250, "top_p": 0.98, "seed": 5}
@@ -195,6 +193,12 @@ def test_facts_of_the_model(folder):
         f"`{folder}`: 34,848 parameters · 2 layers, 2 heads, width 32 · 16 tokens of context · 300 ids · "
         "trained on `package:made-up` at `1.0`"
     )
+    image = "![x](http://elsewhere/x.png)<img src=//elsewhere>`"
+    record = {"bias": False, "data": {"dataset": f"files:{image}", "dataset_revision": 1}}
+    (folder / "encore.json").write_text(json.dumps(record))
+    assert play.model_facts(folder, load_model(folder)).endswith(
+        r" · trained on files:!\[x\](http\://elsewhere/x.png)\<img src=//elsewhere\>\` at `1`"
+    )
     (folder / "encore.json").write_text('{"bias": false}')
     assert play.model_facts(folder, load_model(folder)).endswith(" · 300 ids")
 
@@ -237,7 +241,28 @@ def test_a_port_in_use_is_told(folder):
     assert output == f"encore: port {port} is in use; end what serves there, or take another with --port\n"
 
 
+@pytest.mark.parametrize("port", ["99999", "65536", "0", "-1"])
+def test_a_port_that_is_none_is_told(monkeypatch, port):
+    monkeypatch.setattr(sys, "argv", ["play", f"--port={port}"])
+    with pytest.raises(EncoreError, match=rf"^--port {port}: ports are numbers from 1 to 65535; take one of them$"):
+        play.main()
+
+
 # The page.
+
+
+def ask(address, host, **headers):
+    """Status and headers of an answer."""
+    connection = HTTPConnection(address.removeprefix("http://"))
+    connection.putrequest("GET", "/", skip_host=True)
+    for name, value in {"Host": host, **headers}.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    return answer.status, dict(answer.getheaders())
+
 
 UNFINISHED = re.compile(r"^\d+ of 1,000 tokens$")
 
@@ -270,6 +295,16 @@ def test_the_page_in_the_browser(monkeypatch, capsys, site):
     prompt = "Is 1 < 2 &amp; ${3}?\n  {{value}} é\n"
     how = {"max_new_tokens": 40, "temperature": 1.3, "top_k": 250, "top_p": 0.98, "seed": 7}
     expected = command_writes(monkeypatch, capsys, folder, prompt, **how)
+
+    # A stranger's name for this machine is not answered, nor a stranger's page; what is answered may load nothing else.
+    port = address.rpartition(":")[2]
+    for own in (f"127.0.0.1:{port}", f"localhost:{port}"):
+        status, headers = ask(address, own)
+        assert (status, headers["content-security-policy"]) == (200, POLICY)
+    for host, origin in (("evil.example", {}), ("evil.example", {"Origin": "http://evil.example"})):
+        assert ask(address, f"{host}:{port}", **origin)[0] == 403
+    assert ask(address, f"127.0.0.1:{port}", Origin="http://evil.example")[0] == 403
+
     with chromium_page() as page:
         requests = []
         page.on("request", lambda request: requests.append(request.url))

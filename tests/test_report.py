@@ -17,6 +17,7 @@ from encore.errors import EncoreError
 from encore.report import render
 from encore.results import add_clocks, load_results, read_params, read_tsv, split_samples
 from encore.revisions import find_revision
+from stages.evaluate import as_markdown
 from tests.browser import chromium_page
 from tests.conftest import PAGE, pipeline_environment, run_dvc
 
@@ -150,6 +151,8 @@ def test_samples_are_taken_apart_at_their_fences() -> None:
         "# What\n\n## Sample 1\n\n~~~~~~text\ndef\n\n## no heading\n~~~~~~\n\n## Sample 2\n\n~~~~~~text\n\n~~~~~~\n"
     )
     assert split_samples(markdown) == [("Sample 1", "def\n\n## no heading"), ("Sample 2", "")]
+    texts = ["a\n~~~~~~\n\n## Sample 9\n\n~~~~~~text\nb", "~~~~~~~~~", ""]
+    assert split_samples(as_markdown("> ", texts)) == [(f"Sample {n}", f"> {text}") for n, text in enumerate(texts, 1)]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ makes it fail; what it does not use shows in the list of modules it has loaded, 
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -116,10 +117,30 @@ def test_initial_weights_are_needed_unless_training_starts_from_scratch(finished
 
 
 def test_no_shell_hides_the_death_of_dvc():
-    """A stage that asks to be told when its parent dies must have dvc for a parent."""
+    """A stage asks to be told when its parent dies, so its parent must be dvc."""
     for stage, entry in STAGES.items():
-        told = "stop_with_parent()" in (ROOT / "stages" / f"{stage}.py").read_text()
-        assert entry["cmd"] == ("exec " if told else "") + f"python -m stages.{stage}"
+        assert entry["cmd"] == f"exec python -m stages.{stage}"
+
+
+# Stands for whatever heavy package a stage imports first: prints the signal that comes with the parent's death.
+HEAVY = """
+import ctypes, os
+number = ctypes.c_int()
+ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
+os.write(1, b"told by %d" % number.value)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_asks_to_be_told_before_it_imports_anything_heavy(stage, tmp_path):
+    for name in ("numpy", "psutil", "pyarrow", "pydantic", "safetensors", "tiktoken", "torch"):
+        (tmp_path / f"{name}.py").write_text(HEAVY)
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    command = [sys.executable, *STAGES[stage]["cmd"].split()[2:]]
+    done = subprocess.run(command, cwd=tmp_path, env=pipeline_environment(PYTHONPATH=path), capture_output=True)
+    assert done.stdout == b"told by 15", done.stderr.decode()
 
 
 def test_package_files_hold_only_docstrings():

@@ -60,6 +60,10 @@ def test_a_long_sample_is_cut_and_says_so(lines: int) -> None:
     assert shown[SAMPLE_LINES:] == (["  | ..."] if lines > SAMPLE_LINES else [])
 
 
+def test_a_sample_that_holds_a_fence_is_shown_whole() -> None:
+    assert first_sample("~~~~~~~text\na\n~~~~~~\nb\n~~~~~~~\n") == "  | a\n  | ~~~~~~\n  | b"
+
+
 def test_no_samples() -> None:
     assert first_sample("# Samples\n") == "  (num_samples is 0: no samples)"
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,16 @@ def test_a_disk_that_refuses_is_an_oserror_with_its_number(tmp_path):
     path = str(tmp_path / "t.safetensors")
     done = subprocess.run([sys.executable, "-c", REFUSED, path], capture_output=True, text=True)
     assert done.stdout == f"27 {path}\n", done.stderr
+
+
+def test_a_file_system_without_permissions(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    save_tensors(tmp_path / "t.safetensors", {"a": torch.arange(3)})
+    with safe_open(tmp_path / "t.safetensors", "pt") as file:
+        assert file.get_tensor("a").tolist() == [0, 1, 2]
 
 
 def test_other_failures_stay_what_they_are(tmp_path, monkeypatch):

@@ -32,7 +32,6 @@ def train_in(tmp_path, tokens_folder, monkeypatch):
 
     Returns all that must repeat, and the iterations that its steps ended at.
     """
-    monkeypatch.setattr(train, "stop_with_parent", lambda: None)
     monkeypatch.setattr(train, "StopRequest", lambda: NO_STOP)
     step, done = Trainer.step, []
 

@@ -116,13 +116,31 @@ def test_the_project_and_the_run_to_continue_can_be_named(offline, monkeypatch):
     assert (written.run_id, written.project) == ("run12345", "another")
 
 
-@pytest.mark.parametrize("mode", [None, "disabled", "", "dryrun"])
+@pytest.mark.parametrize("mode", [None, "disabled", ""])
 def test_wandb_is_off_unless_the_environment_asks(mode, monkeypatch, capsys):
     if mode is not None:
         monkeypatch.setenv("WANDB_MODE", mode)
     monkeypatch.setattr(wandb, "init", lambda **options: pytest.fail("wandb was started"))
     assert start_wandb({}, None) is None
     assert capsys.readouterr().err == ""
+
+
+def test_the_old_word_for_offline_is_honoured(offline, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    run = start_wandb({}, "run12345")
+    run.log({"iter": 1, "lr": 0.5})
+    run.finish({})
+    written, history, _, _ = read_run(offline)
+    assert written.run_id == "run12345"
+    assert [row["lr"] for row in history] == [0.5]
+
+
+def test_a_mode_that_is_none_is_told(monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    monkeypatch.setattr(wandb, "init", lambda **options: pytest.fail("wandb was started"))
+    assert start_wandb({}, None) is None
+    sentence = "WANDB_MODE=ofline is none of online, offline, run, dryrun; training goes on without wandb"
+    assert capsys.readouterr().err == f"encore: note: {sentence}\n"
 
 
 def test_a_wandb_that_is_not_installed_is_told_and_done_without(offline, monkeypatch, capsys):
