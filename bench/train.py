@@ -63,7 +63,8 @@ def write_tokens(folder: Path, vocab_size: int) -> None:
     shards = {}
     for split, count in zip(SPLITS, (3_000_000, 200_000), strict=True):
         writer = ShardWriter(folder, split, np.dtype("<u2"))
-        tokens = random.integers(0, vocab_size, count).astype("<u2")
+        tokens = random.integers(0, vocab_size - 1, count).astype("<u2")
+        tokens[-1] = vocab_size - 1  # the end of the one document
         writer.add(tokens, np.array([count]), np.array([4 * count]))
         shards[split] = shards_as_json(writer.finish())
     manifest = {

@@ -3,20 +3,18 @@
 GPT-2 by AdamW at three rates, and nanochat's two models by Muon in a quarter and a sixth of its steps.
 """
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from bench.gpu.pages import Page, gpt2, make_tokens, nanochat, nanochat_plus, print_head, print_row
+from bench.gpu.step import Job
 from encore.files import read_json, sha256_of, write_json, write_whole
 from encore.ranks import write_ranks
 from encore.token_files import MANIFEST, RANKS_FILE, SPLITS, ShardWriter, shards_as_json
 
-ITERATIONS, BATCH_SIZE = 720, 16
+ITERATIONS, TINY_ITERATIONS, BATCH_SIZE = 720, 36, 16
 RATES = (6e-4, 1e-3, 2e-3)
 SHARES = (4, 6)
 DOCUMENTS_A_VAL = 50  # every so many documents one is held out
@@ -24,9 +22,9 @@ TEXT, TOKENS = "ENGLISH_TEXT_DIR", Path("data/tokens")
 
 
 def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
-    """The recipes of a model share a process, which compiles once; the models take turns."""
+    """One training at a time; the next ones compile meanwhile, or find what the first of their model has compiled."""
     tokens = make_tokens(folder / "tokens", tiny) if tiny else find_text(folder / "tokens")
-    iterations = 12 if tiny else ITERATIONS
+    iterations = TINY_ITERATIONS if tiny else ITERATIONS
     common: Page = {"batch_size": BATCH_SIZE, "gradient_accumulation_steps": 1}
     adamw = {"max_iters": iterations, "warmup_iters": iterations // 10}
     recipes = {
@@ -34,35 +32,22 @@ def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
         "nanochat-plus": [nanochat_plus(tiny, **common, max_iters=iterations // share) for share in SHARES],
         "nanochat": [nanochat(tiny, **common, max_iters=iterations // share) for share in SHARES],
     }
-    processes = {name: start(folder / name, pages, tokens) for name, pages in recipes.items()}
+    firsts = {name: Job.start(folder / name, pages[0], tokens, "train") for name, pages in recipes.items()}
     print_head("model", "by", "learning rate", "iterations", "minutes", "val loss, whole split")
-    missing = 0
+    failed = 0
     for name, pages in recipes.items():
-        process = processes[name]
-        assert process.stdin is not None
-        assert process.stdout is not None
-        ready = any(line == "ready\n" for line in process.stdout)
-        if ready:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        results = (json.loads(line) for line in process.stdout if line.startswith("{"))
-        for page, result in zip(pages, results, strict=False):
-            minutes, loss = f"{result['seconds'] / 60:.2f}", f"{result['loss']:.4f}"
-            print_row(name, page["optimizer"], page["learning_rate"], page["max_iters"], minutes, loss)
-            missing -= 1
-        missing += len(pages)
-        process.wait()
-    if missing:
-        raise SystemExit(f"bench: {missing} trainings failed")
-
-
-def start(folder: Path, pages: list[Page], tokens: Path) -> subprocess.Popen[str]:
-    """Begins to compile."""
-    (folder / "data").mkdir(parents=True)
-    (folder / "data/tokens").symlink_to(tokens)
-    (folder / "pages.json").write_text(json.dumps(pages))
-    command = [sys.executable, "-m", "bench.gpu.recipes", "pages.json"]
-    return subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        job = firsts[name]
+        for number, page in enumerate(pages, start=1):
+            job.wait_until_ready()
+            upcoming = pages[number : number + 1]
+            following = [Job.start(folder / f"{name}-{number}", each, tokens, "train") for each in upcoming]
+            result = job.do()
+            failed += not result
+            told = (f"{result['seconds'] / 60:.2f}", f"{result['loss']:.4f}") if result else ("", "failed")
+            print_row(name, page["optimizer"], page["learning_rate"], page["max_iters"], *told)
+            job = following[0] if following else job
+    if failed:
+        raise SystemExit(f"bench: {failed} trainings failed")
 
 
 def find_text(folder: Path) -> Path:

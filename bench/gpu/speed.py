@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.pages import Page, gpt2, is_gpu, make_tokens, nanochat, nanochat_plus, print_head, print_row
+from bench.gpu.step import Job
 from bench.memory import count
 from encore.device import REPEATABLE
 
@@ -24,28 +25,11 @@ FEW, MANY = 12, 32  # sequences in a micro-batch
 
 
 @dataclass
-class Job:
-    """A process that is compiling, or waits for its turn."""
-
-    process: subprocess.Popen[str]
-
-    def wait_until_ready(self) -> bool:
-        """Whether it will be able to do its work."""
-        assert self.process.stdout is not None
-        return any(line == "ready\n" for line in self.process.stdout)
-
-    def do(self) -> dict[str, Any]:
-        """Its turn."""
-        output, _ = self.process.communicate("go\n")
-        lines = [line for line in output.splitlines() if line.startswith("{")]
-        return json.loads(lines[-1]) if lines else {}
-
-
-@dataclass
 class NanoGPT:
     """Its train.py, unmodified. It cannot be asked to wait, so once it is warm it is halted until its turn."""
 
     process: subprocess.Popen[str]
+    tokens_per_step: int
 
     def wait_until_ready(self) -> bool:
         assert self.process.stdout is not None
@@ -59,7 +43,10 @@ class NanoGPT:
         output, _ = self.process.communicate()
         times = re.findall(r"^iter \d+: loss \S+ time (\S+)ms", output, re.MULTILINE)
         # The first was halted, the second may have waited for it.
-        return {"seconds": statistics.median(float(each) / 1e3 for each in times[2:])} if len(times) > 2 else {}
+        if len(times) < 3:
+            return {}
+        seconds = statistics.median(float(each) / 1e3 for each in times[2:])
+        return {"seconds": seconds, "tokens_per_second": self.tokens_per_step / seconds}
 
 
 def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
@@ -75,42 +62,36 @@ def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
     few, many, *_ = pages
     jobs: dict[str, Job | NanoGPT] = {}
     for name, page in pages.items():
-        jobs[name] = start(folder, name, page, tokens, steps, "steps")
+        jobs[name] = start(folder, name, page, tokens, steps)
         if nanogpt and "GPT-2" in name:
             jobs[f"nanoGPT, the same as {name}"] = start_nanogpt(folder, nanogpt, page, tokens, steps, name)
     for name in (few, many):
         other = f"{name}, {REPEATABLE}=0"
-        jobs[other] = start(folder, other, pages[name], tokens, steps, "steps", **{REPEATABLE: "0"})
-    jobs["evaluation"] = start(folder, "evaluation", pages[few], tokens, steps, "evaluate")
-    jobs["profile"] = start(folder, "profile", pages[few], tokens, steps, "profile")
-    ready = {name: job.wait_until_ready() for name, job in jobs.items()}
+        jobs[other] = start(folder, other, pages[name], tokens, steps, **{REPEATABLE: "0"})
+    for job in jobs.values():
+        job.wait_until_ready()
+    # Its first step finds all compiled and has the machine for itself.
+    rest = Job.start(folder / "rest", pages[few], tokens, "rest")
+    rest.wait_until_ready()
 
-    print_head(
-        "what", "ms an iteration", "tokens/s", "MFU", "peak memory", "bench.memory says", "over nanoGPT", "check"
-    )
+    print_head("what", "ms an iteration", "tokens/s", "MFU", "peak memory", "bench.memory says", "check")
     found: dict[str, dict[str, Any]] = {}
     for name, job in jobs.items():
-        found[name] = job.do() if ready[name] else {}
-        if name not in ("evaluation", "profile"):
-            print_steps(folder, name, found, pages)
-    few_speed = found[few].get("tokens_per_second")
-    print_rest(few, many, found, few_speed)
-    print_first_step(folder, pages[few], tokens, steps)
-    print_profile(found["profile"])
+        found[name] = job.do()
+        print_steps(folder, name, found[name], pages)
+    found["evaluation, first step and profile"] = measured = rest.do()
+    print_ratios(few, many, found)
+    if measured:
+        print_rest(measured, found[few].get("tokens_per_second"))
     failed = [name for name, result in found.items() if not result]
     if failed:
         raise SystemExit(f"bench: no figures of: {'; '.join(failed)}")
 
 
-def start(folder: Path, name: str, page: Page, tokens: Path, steps: int, work: str, **environment: str) -> Job:
-    """Begins to compile a page."""
+def start(folder: Path, name: str, page: Page, tokens: Path, steps: int, **environment: str) -> Job:
+    """Begins to compile a recipe, whose steps will be clocked."""
     place = folder / re.sub(r"\W+", "-", name)
-    (place / "data").mkdir(parents=True)
-    (place / "data/tokens").symlink_to(tokens)
-    (place / "page.json").write_text(json.dumps(page))
-    command = [sys.executable, "-m", "bench.gpu.step", "page.json", str(steps), work]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return Job(subprocess.Popen(command, cwd=place, env={**os.environ, **environment}, **pipes))
+    return Job.start(place, page, tokens, "steps", steps, {**os.environ, **environment})
 
 
 def start_nanogpt(folder: Path, nanogpt: Path, page: Page, tokens: Path, steps: int, name: str) -> NanoGPT:
@@ -136,43 +117,33 @@ def start_nanogpt(folder: Path, nanogpt: Path, page: Page, tokens: Path, steps: 
     }
     command = [sys.executable, "-u", "train.py", *(f"--{key}={value}" for key, value in settings.items())]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return NanoGPT(subprocess.Popen(command, cwd=place, **pipes))
+    tokens_per_step = page["batch_size"] * page["block_size"] * page["gradient_accumulation_steps"]
+    return NanoGPT(subprocess.Popen(command, cwd=place, **pipes), tokens_per_step)
 
 
-def print_steps(folder: Path, name: str, found: dict[str, dict[str, Any]], pages: dict[str, Page]) -> None:
+def print_steps(folder: Path, name: str, result: dict[str, Any], pages: dict[str, Page]) -> None:
     """A recipe's row."""
-    result = found[name]
     if not result:
-        print_row(name, "failed", *[""] * 6)
+        print_row(name, "failed", *[""] * 5)
         return
-    ms = f"{1e3 * result['seconds']:.1f}"
+    speed = f"{1e3 * result['seconds']:.1f}", f"{result['tokens_per_second']:,.0f}"
     if name.startswith("nanoGPT"):
-        print_row(name, ms, *[""] * 6)
+        print_row(name, *speed, *[""] * 4)
         return
     counted = ""
     if name in pages:
         path = folder / "page.yaml"
         path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in pages[name].items()))
         counted = f"{sum(count(path).values()):.1f} GB"
-    peer = next((seconds for other, seconds in found.items() if other == f"nanoGPT, the same as {name}"), {})
-    print_row(
-        name,
-        ms,
-        f"{result['tokens_per_second']:,.0f}",
-        f"{result['mfu']:.1%}",
-        f"{result['peak_bytes'] / 1e9:.1f} GB",
-        counted,
-        f"{result['seconds'] / peer['seconds']:.2f}" if peer else "",
-        f"{result['check_seconds']:.2f} s, {result['check_peak_bytes'] / 1e9:.1f} GB",
-    )
+    check = f"{result['check_seconds']:.2f} s, {result['check_peak_bytes'] / 1e9:.1f} GB"
+    print_row(name, *speed, f"{result['mfu']:.1%}", f"{result['peak_bytes'] / 1e9:.1f} GB", counted, check)
 
 
-def print_rest(few: str, many: str, found: dict[str, dict[str, Any]], few_speed: float | None) -> None:
-    """The ratios that the goals speak of."""
+def print_ratios(few: str, many: str, found: dict[str, dict[str, Any]]) -> None:
+    """What repeating costs, and the ratios of iterations that the goals speak of."""
     print()
     for name in (few, many):
-        free, kept = found[f"{name}, {REPEATABLE}=0"], found[name]
-        peer = found.get(f"nanoGPT, the same as {name}")
+        free, kept, peer = found[f"{name}, {REPEATABLE}=0"], found[name], found.get(f"nanoGPT, the same as {name}")
         if free and kept:
             print(f"{name}: repeating costs {kept['seconds'] / free['seconds'] - 1:+.1%} of an iteration", flush=True)
         if peer and kept:
@@ -181,25 +152,17 @@ def print_rest(few: str, many: str, found: dict[str, dict[str, Any]], few_speed:
         if name.startswith("nanochat") and found[name] and found[many]:
             ratio = found[name]["seconds"] / found[many]["seconds"]
             print(f"{name}: {ratio:.2f} times the iteration of GPT-2", flush=True)
-    evaluation = found["evaluation"]
-    if evaluation and few_speed:
-        speed = evaluation["tokens_per_second"]
-        print(f"evaluation: {speed:,.0f} tokens/s, {speed / few_speed:.2f} times training's", flush=True)
 
 
-def print_first_step(folder: Path, page: Page, tokens: Path, steps: int) -> None:
-    """How long a process takes until it has taken steps, when another has compiled the same."""
-    job = start(folder, "first step", page, tokens, steps, "steps")
-    seconds = job.do().get("first_step_seconds") if job.wait_until_ready() else None
-    told = "failed" if seconds is None else f"{seconds:.1f} s"
-    print(f"first steps of a process, everything compiled before, from its start: {told}\n", flush=True)
-
-
-def print_profile(result: dict[str, Any]) -> None:
-    """Where the time of one iteration goes."""
-    kernels = result.get("kernels", [])
+def print_rest(result: dict[str, Any], training: float | None) -> None:
+    """Evaluation, the first step, and where the time of an iteration goes. training: its tokens a second."""
+    speed = result["evaluated_tokens_per_second"]
+    ratio = f", {speed / training:.2f} times training's" if training else ""
+    print(f"evaluation: {speed:,.0f} tokens/s{ratio}")
+    print(f"a process with everything compiled before has taken steps after {result['first_step_seconds']:.1f} s")
+    kernels = result["kernels"]
     total, launches = sum(row[2] for row in kernels), sum(row[1] for row in kernels)
-    print(f"Kernels of an iteration of {FEW} sequences: {launches:,}, {total:.1f} ms\n")
+    print(f"\nKernels of an iteration of {FEW} sequences: {launches:,}, {total:.1f} ms\n")
     print_head("kernel", "launches", "ms")
     for name, launches, milliseconds in kernels[:KERNELS]:
         print_row(name[:80].replace("|", " "), launches, f"{milliseconds:.2f}")

@@ -1,21 +1,25 @@
-"""One recipe's steps, in a process of its own that speed.py starts: it compiles at once, beside the others, and waits
-with the clock until its turn has come.
+"""One recipe's steps, in a process of its own: it compiles at once, beside the others, and waits with the clock until
+its turn has come.
 
-    python -m bench.gpu.step PAGE.json STEPS WORK      in a folder with data/tokens; WORK: steps, profile or evaluate
+    python -m bench.gpu.step PAGE.json WORK STEPS      in a folder with data/tokens; WORK: steps, rest or train
 
 Prints `ready`, reads a line, and prints a line of JSON.
 """
 
 import json
+import re
 import statistics
+import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from bench.gpu.pages import Page
 from bench.train import peak_memory_bytes
 from encore.evaluation import evaluate_split
 from encore.flops import flops_per_token, synchronize
@@ -25,34 +29,74 @@ from stages.evaluate import BATCH_TOKENS
 from stages.train import prepare
 
 WARM_UP_STEPS = 3
+TRIES, PAUSE_SECONDS = 10, 2  # while others hold the memory
+
+
+@dataclass
+class Job:
+    """Such a process, from outside."""
+
+    process: subprocess.Popen[str]
+
+    @classmethod
+    def start(
+        cls,
+        folder: Path,
+        page: Page,
+        tokens: Path,
+        work: str,
+        steps: int = 0,
+        environment: dict[str, str] | None = None,
+    ) -> "Job":
+        """Begins to compile a page, in a new folder."""
+        (folder / "data").mkdir(parents=True)
+        (folder / "data/tokens").symlink_to(tokens)
+        (folder / "page.json").write_text(json.dumps(page))
+        command = [sys.executable, "-m", "bench.gpu.step", "page.json", work, str(steps)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        return cls(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+
+    def wait_until_ready(self) -> bool:
+        """Whether it will be able to do its work."""
+        assert self.process.stdout is not None
+        return any(line == "ready\n" for line in self.process.stdout)
+
+    def do(self) -> dict[str, Any]:
+        """Its turn. Nothing, where it failed."""
+        output, _ = self.process.communicate("go\n" if self.process.poll() is None else None)
+        found = re.findall(r"^\{.*\}$", output, re.MULTILINE)
+        return json.loads(found[-1]) if found else {}
 
 
 def main() -> None:
-    page, steps, work = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), sys.argv[3]
-    params = StageParams("train", page)
-    trainer = None
-    try:
-        trainer = warm_up(params)
-    except torch.OutOfMemoryError:  # the others are at it too; it is compiled by now
-        torch.cuda.empty_cache()
+    page, work, steps = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], int(sys.argv[3])
+    trainer = warm_up(StageParams("train", page))
     first = time.time() - psutil.Process().create_time()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     print("ready", flush=True)
     sys.stdin.readline()
-    trainer = trainer or warm_up(params)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    result = {"steps": clock_steps, "profile": profile, "evaluate": clock_evaluation}[work](trainer, steps)
+    result = {"steps": clock_steps, "rest": clock_rest, "train": train}[work](trainer, steps)
     print(json.dumps({**result, "first_step_seconds": first}), flush=True)
 
 
 def warm_up(params: StageParams) -> Trainer:
-    """A trainer that has taken steps."""
-    trainer = prepare(params, Path(".encore/checkpoints"))
-    for _ in range(WARM_UP_STEPS):
-        trainer.step()
-    return trainer
+    """A trainer that has taken its first steps; where the others leave no memory for them, a little later."""
+    for number in range(TRIES):
+        try:
+            trainer = prepare(params, Path(f".encore/checkpoints-{number}"))
+            for _ in range(WARM_UP_STEPS):
+                trainer.step()
+        except torch.OutOfMemoryError:
+            if number == TRIES - 1:
+                raise
+        else:
+            return trainer
+        torch.cuda.empty_cache()
+        time.sleep(PAUSE_SECONDS)
+    raise AssertionError
 
 
 def clock_steps(trainer: Trainer, steps: int) -> dict[str, Any]:
@@ -64,7 +108,6 @@ def clock_steps(trainer: Trainer, steps: int) -> dict[str, Any]:
     return {
         "seconds": step,
         "tokens_per_second": trainer.tokens_per_step / step,
-        "tflops": flops / 1e12,
         "mfu": flops / trainer.hardware.peak.flops_per_second,
         "peak_bytes": peak_bytes,
         "check_seconds": check,
@@ -72,29 +115,37 @@ def clock_steps(trainer: Trainer, steps: int) -> dict[str, Any]:
     }
 
 
-def clock_evaluation(trainer: Trainer, steps: int) -> dict[str, Any]:
-    """Tokens a second of the whole val split, as the evaluate stage goes through it."""
-    batch_size = max(1, BATCH_TOKENS[trainer.device.type] // trainer.params.block_size)
-    found = []
-
-    def evaluate() -> None:
-        found.append(evaluate_split(trainer.model, trainer.val, batch_size, trainer.device, trainer.dtype))
-
-    seconds = statistics.median([clock(trainer, evaluate) for _ in range(3)][1:])
-    return {"seconds": seconds, "tokens_per_second": float(found[-1].tokens.sum()) / seconds}
-
-
-def profile(trainer: Trainer, steps: int) -> dict[str, Any]:
-    """The kernels of one step: launches, and milliseconds by name."""
-    kind = (
-        torch.profiler.ProfilerActivity.CUDA if trainer.device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
-    )
+def clock_rest(trainer: Trainer, steps: int) -> dict[str, Any]:
+    """Tokens a second of the whole val split, and the kernels of one step: launches, and milliseconds by name."""
+    seconds = statistics.median([clock(trainer, lambda: evaluate(trainer)) for _ in range(3)][1:])
+    speed = (trainer.val.split.tokens - 1) / seconds
+    gpu = trainer.device.type == "cuda"
+    kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[kind]) as profiled:
         trainer.step()
         synchronize(trainer.device)
-    name = "self_device_time_total" if trainer.device.type == "cuda" else "self_cpu_time_total"
+    name = "self_device_time_total" if gpu else "self_cpu_time_total"
     rows = [(each.key, each.count, getattr(each, name) / 1e3) for each in profiled.key_averages()]
-    return {"kernels": sorted(filter(lambda row: row[2] > 0, rows), key=lambda row: -row[2])}
+    kernels = sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
+    return {"evaluated_tokens_per_second": speed, "kernels": kernels}
+
+
+def train(trainer: Trainer, steps: int) -> dict[str, Any]:
+    """The schedule's other steps: the loss of the whole val split, and the seconds that all steps would have taken."""
+    left = trainer.params.max_iters - WARM_UP_STEPS
+
+    def take_steps() -> None:
+        for _ in range(left):
+            trainer.step()
+
+    seconds = clock(trainer, take_steps) * trainer.params.max_iters / left
+    return {"seconds": seconds, "loss": evaluate(trainer)}
+
+
+def evaluate(trainer: Trainer) -> float:
+    """The loss of the whole val split, as the evaluate stage goes through it."""
+    batch_size = max(1, BATCH_TOKENS[trainer.device.type] // trainer.params.block_size)
+    return evaluate_split(trainer.model, trainer.val, batch_size, trainer.device, trainer.dtype).loss
 
 
 def clock(trainer: Trainer, work: Any) -> float:
