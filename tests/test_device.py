@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from encore import device as device_module
-from encore.device import Hardware, autocast, find_device, find_dtype, find_hardware, should_compile
+from encore.device import (
+    Hardware,
+    autocast,
+    find_device,
+    find_dtype,
+    find_hardware,
+    naming_what_does_not_repeat,
+    should_compile,
+)
 from encore.errors import EncoreError
 from encore.flops import Peak
 
@@ -129,6 +137,8 @@ kind = torch.device(sys.argv[1])
 device.find_device = lambda: kind
 device.find_peak = lambda *_: print(
     torch.are_deterministic_algorithms_enabled(),
+    torch.is_deterministic_algorithms_warn_only_enabled(),
+    torch.utils.deterministic.fill_uninitialized_memory,
     torch.get_float32_matmul_precision(),
     os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
 )
@@ -136,9 +146,42 @@ device.find_hardware("float32", False)
 """
 
 
-@pytest.mark.parametrize(("kind", "state"), [("cuda", "True high :4096:8"), ("cpu", "False highest None")])
-def test_a_gpu_is_set_up_for_repeatable_arithmetic_before_its_peak_is_measured(kind, state, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "repeatable", "state"),
+    [
+        ("cuda", "1", "True False False high :4096:8"),
+        ("cuda", "0", "False False True high None"),
+        ("cpu", "1", "False False True highest None"),
+    ],
+)
+def test_a_gpu_is_set_up_for_repeatable_arithmetic_before_its_peak_is_measured(kind, repeatable, state, monkeypatch):
     """In a process of its own, since the settings are torch's for the whole process."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("ENCORE_REPEATABLE", repeatable)
     done = subprocess.run([sys.executable, "-c", NUMERICS, kind], capture_output=True, text=True)
     assert done.stdout == state + "\n", done.stderr
+
+
+def test_a_run_that_need_not_repeat_says_so_where_it_names_its_hardware(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    hardware = Hardware(CUDA, torch.bfloat16, True, Peak(3e12, "H100"))
+    assert str(hardware) == "H100, bfloat16, compiled"
+    monkeypatch.setenv("ENCORE_REPEATABLE", "0")
+    assert str(hardware) == "H100, bfloat16, compiled, not repeatable"
+
+
+def test_what_does_not_repeat_is_named_in_one_sentence_and_other_errors_stay():
+    """torch's own refusal, of an operation that the CPU has it for as well."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with (
+            pytest.raises(
+                EncoreError, match=r"^put_ does not repeat to the bit on this device; set ENCORE_REPEATABLE=0"
+            ),
+            naming_what_does_not_repeat(),
+        ):
+            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1), accumulate=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with pytest.raises(RuntimeError, match=r"size mismatch|shapes"), naming_what_does_not_repeat():
+        torch.ones(2, 3) @ torch.ones(2, 3)
