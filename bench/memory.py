@@ -1,20 +1,22 @@
 """The memory that training a page of parameters takes on a GPU: counted, not measured, so no GPU is needed.
 
-    python -m bench.memory presets/gpt2-medium.yaml ...
+    python -m bench.memory [--gpu GB] presets/gpt2-medium.yaml ...
 
-For each page: GB of weights, gradients and optimizer in float32, of the weights' 16-bit copies, and of what a
-micro-batch keeps for its backward pass. The last is what autograd holds on to under bfloat16 autocast, counted on the
-CPU in models of one layer and of two, and multiplied by layers and sequences. What an allocator loses and libraries
-take for themselves is not in it, nor what torch.compile spares.
+For each page: GB of weights, gradients and optimizer in float32, of the weights' 16-bit copies, of what a micro-batch
+keeps for its backward pass, and of the loss, compiled. What a micro-batch keeps is what autograd holds on to under
+bfloat16 autocast, counted on the CPU in models of one layer and of two, and multiplied by layers and sequences. What an
+allocator loses and libraries take for themselves is not in it. --gpu: the card's memory, 24 where nothing is said;
+the loss works on more scores at once where there is more.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
 
-from encore.loss import SCORES_AT_ONCE
+from encore.loss import scores_on_gpu
 from encore.models.architectures import Model, make_config, make_model
+from encore.models.vocabulary import pad_vocab
 from encore.muon import Muon
 from encore.optim import make_optimizers
 from encore.params import Params, StageParams, check_page
@@ -44,7 +46,15 @@ def sequence_bytes(params: Params, n_layer: int) -> int:
     return kept_bytes(model, 2) - kept_bytes(model, 1)
 
 
-def count(page: Path) -> dict[str, float]:
+def loss_bytes(tokens: int, rows: int, width: int, at_once: int) -> int:
+    """What the loss of a micro-batch takes, with an output matrix of `rows` and `at_once` scores at a time: a part's
+    scores and their gradient in 16 bits, the matrix's gradient, and each part's share of that in 16 bits, since the
+    compiler adds them up in the end."""
+    parts = -(-tokens * rows // at_once)
+    return 2 * 2 * min(at_once, tokens * rows) + 4 * rows * width + 2 * rows * width * parts
+
+
+def count(page: Path, scores_at_once: int) -> dict[str, float]:
     """GB by what they are for."""
     params = check_page(page)
     stage = StageParams("train", params.model_dump())
@@ -53,14 +63,14 @@ def count(page: Path) -> dict[str, float]:
     weights = sum(parameter.numel() for parameter in model.parameters())
     moments = sum(numbers for optimizer in make_optimizers(model, stage) for numbers in _moments(optimizer))
     one, two = (sequence_bytes(params, n_layer) for n_layer in (1, 2))
-    # The loss works in float32 on a part of the scores: they, their log-softmax, a temporary; and the matrix's
-    # gradient.
-    loss = 3 * 4 * SCORES_AT_ONCE + 4 * params.vocab_size * params.n_embd
+    rows = pad_vocab(params.vocab_size)
+    loss = loss_bytes(params.batch_size * params.block_size, rows, params.n_embd, scores_at_once)
     return {
         "weights and gradients": 8 * weights / 1e9,
         "optimizer": 4 * moments / 1e9,
         "16-bit copies": 2 * weights / 1e9,
-        "a micro-batch": (params.batch_size * (one + (params.n_layer - 1) * (two - one)) + loss) / 1e9,
+        "a micro-batch": params.batch_size * (one + (params.n_layer - 1) * (two - one)) / 1e9,
+        "the loss": loss / 1e9,
     }
 
 
@@ -71,8 +81,14 @@ def _moments(optimizer: torch.optim.Optimizer) -> list[int]:
 
 
 def main() -> None:
-    for page in map(Path, sys.argv[1:]):
-        parts = count(page)
+    parser = argparse.ArgumentParser(
+        "python -m bench.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gpu", type=float, default=24, metavar="GB")
+    parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
+    arguments = parser.parse_args()
+    for page in arguments.pages:
+        parts = count(page, scores_on_gpu(arguments.gpu * 1e9))
         print(f"{page}: {sum(parts.values()):.1f} GB: " + ", ".join(f"{name} {gb:.1f}" for name, gb in parts.items()))
 
 

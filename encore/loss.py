@@ -53,7 +53,11 @@ def scores_at_once(device: torch.device) -> int:
     """How many scores are held at once. On a GPU a power of two, so that cards of a kind agree to the bit."""
     if device.type != "cuda":
         return SCORES_AT_ONCE
-    memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    return scores_on_gpu(torch.cuda.get_device_properties(device).total_memory)
+
+
+def scores_on_gpu(memory_bytes: float) -> int:
+    """The same for a GPU with this memory."""
     return int(2 ** math.floor(math.log2(memory_bytes / SHARE_OF_MEMORY)))
 
 

@@ -18,7 +18,8 @@ from typing import Any
 from bench.gpu.pages import Page, gpt2, is_gpu, make_tokens, nanochat, nanochat_plus, print_head, print_row
 from bench.gpu.step import Job
 from bench.memory import count
-from encore.device import REPEATABLE
+from encore.device import REPEATABLE, find_device
+from encore.loss import scores_at_once
 
 STEPS, WARM_UP_STEPS, KERNELS = 20, 4, 16
 FEW, MANY = 12, 32  # sequences in a micro-batch
@@ -134,7 +135,7 @@ def print_steps(folder: Path, name: str, result: dict[str, Any], pages: dict[str
     if name in pages:
         path = folder / "page.yaml"
         path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in pages[name].items()))
-        counted = f"{sum(count(path).values()):.1f} GB"
+        counted = f"{sum(count(path, scores_at_once(find_device())).values()):.1f} GB"
     check = f"{result['check_seconds']:.2f} s, {result['check_peak_bytes'] / 1e9:.1f} GB"
     print_row(name, *speed, f"{result['mfu']:.1%}", f"{result['peak_bytes'] / 1e9:.1f} GB", counted, check)
 
