@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from encore.errors import EncoreError
-from encore.files import read_json, write_json, write_whole
+from encore.files import read_json, sha256_of, write_json, write_whole
 from encore.init_from import CONFIG, RECORD, WEIGHTS
 from encore.initial_vocabulary import is_other_vocabulary
 from encore.models import gpt2_hub, nanochat_hub
@@ -18,9 +18,12 @@ from encore.models.nanochat import NanoChat
 from encore.tensor_files import save_tensors
 from encore.token_files import RANKS_FILE
 
+HASHES = "files_sha256"  # in encore.json
+
 
 def save_model(folder: Path, model: Model, ranks: bytes, record: dict[str, Any]) -> None:
-    """Fills `folder`: config.json, model.safetensors, the tokenizer's ranks, and encore.json with `record`."""
+    """Fills `folder`: config.json, model.safetensors, the tokenizer's ranks, and encore.json with `record` and the
+    sha256 of these files."""
     if isinstance(model, GPT2):
         config, tensors = gpt2_hub.to_hub_config(model.config), gpt2_hub.to_hub(model)
         record = {"bias": model.config.bias, **record}
@@ -29,17 +32,20 @@ def save_model(folder: Path, model: Model, ranks: bytes, record: dict[str, Any])
     write_json(folder / CONFIG, config)
     save_tensors(folder / WEIGHTS, tensors)
     write_whole(folder / RANKS_FILE, ranks)
-    write_json(folder / RECORD, record)
+    hashes = {name: sha256_of(folder / name) for name in (CONFIG, WEIGHTS, RANKS_FILE)}
+    write_json(folder / RECORD, {**record, HASHES: hashes})
 
 
 def load_model(folder: Path) -> Model:
     """Reads a folder of `save_model`, or of Hugging Face's GPT-2 (which always has biases) or NanoChat, float32 on the
     CPU.
 
-    Raises EncoreError where a file is missing or the weights do not have the shapes that config.json says.
+    Raises EncoreError where a file is missing, is not the one that encore.json has the hash of, or where the weights do
+    not have the shapes that config.json says.
     """
-    hub_config = read_json(folder / CONFIG)
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else {"bias": True}
+    check_hashes(folder, record)
+    hub_config = read_json(folder / CONFIG)
     try:
         tensors = load_file(folder / WEIGHTS)
         if hub_config["model_type"] in (nanochat_hub.PLAIN, nanochat_hub.PLUS):
@@ -53,6 +59,18 @@ def load_model(folder: Path) -> Model:
         raise EncoreError(f"{folder / WEIGHTS} is missing; `dvc repro train` makes it") from None
     except (AttributeError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise EncoreError(f"{folder} holds no model that fits its {CONFIG} ({error}); `dvc repro -f train`") from None
+
+
+def check_hashes(folder: Path, record: dict[str, Any]) -> None:
+    """Raises EncoreError where a file of the model has other bytes than when `record` was written. Folders of
+    transformers, and of Encore before it wrote hashes, have none."""
+    hashes = record.get(HASHES, {})
+    other = [name for name in hashes if (folder / name).exists() and sha256_of(folder / name) != hashes[name]]
+    if other:
+        raise EncoreError(
+            f"{' and '.join(str(folder / name) for name in other)}: other bytes than {folder / RECORD} has the hash "
+            "of; `dvc checkout --force` brings the model back, or `dvc repro -f train` where DVC's cache is damaged too"
+        )
 
 
 def load_initial(folder: Path, config: Config, ranks: bytes) -> Model:

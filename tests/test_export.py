@@ -1,8 +1,10 @@
 """model/: the way out, the way back, and transformers as the judge."""
 
+import hashlib
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -85,7 +87,8 @@ def test_the_files_hold_what_they_should(exported):
     model, folder = exported
     assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG, WEIGHTS, RANKS_FILE, RECORD])
     assert (folder / RANKS_FILE).read_bytes() == b"ranks"
-    record = {"bias": model.config.bias, "params": {"n_layer": 2}, "iter": 7}
+    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (CONFIG, WEIGHTS, RANKS_FILE)}
+    record = {"bias": model.config.bias, "params": {"n_layer": 2}, "iter": 7, "files_sha256": hashes}
     assert json.loads((folder / RECORD).read_text()) == record
     tensors = load_file(folder / WEIGHTS)
     assert tensors["transformer.wte.weight"].shape == (301, 32)
@@ -115,7 +118,7 @@ def test_a_missing_file_is_named(exported, name):
 def test_a_truncated_file_is_an_error_that_names_the_folder(exported, name):
     _, folder = exported
     (folder / name).write_bytes((folder / name).read_bytes()[:-20])
-    with pytest.raises(EncoreError, match=f"^{folder}.* (not valid JSON|no model that fits)"):
+    with pytest.raises(EncoreError, match=f"^{folder}.* (not valid JSON|no model that fits|other bytes than)"):
         load_model(folder)
 
 
@@ -135,8 +138,39 @@ def test_weights_of_other_shapes_than_the_config_says_are_refused(exported, chan
     _, folder = exported
     config = {**json.loads((folder / CONFIG).read_text()), **change}
     (folder / CONFIG).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    forget_hashes(folder)
     with pytest.raises(EncoreError, match=f"^{folder} holds no model that fits its config.json"):
         load_model(folder)
+
+
+def forget_hashes(folder):
+    """As Encore wrote encore.json before it had them."""
+    record = json.loads((folder / RECORD).read_text())
+    del record["files_sha256"]
+    (folder / RECORD).write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, RANKS_FILE])
+def test_any_flipped_bit_is_refused(exported, name):
+    _, folder = exported
+    whole = (folder / name).read_bytes()
+    random = np.random.default_rng(0)
+    for place, bit in zip(random.integers(len(whole), size=30), random.integers(8, size=30), strict=True):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << bit
+        (folder / name).write_bytes(flipped)
+        with pytest.raises(
+            EncoreError, match=f"^{folder / name}: other bytes than {folder / RECORD} has the hash of; "
+        ):
+            load_model(folder)
+    (folder / name).write_bytes(whole)
+    load_model(folder)
+
+
+def test_a_folder_from_before_there_were_hashes_is_read(exported):
+    model, folder = exported
+    forget_hashes(folder)
+    assert torch.equal(load_model(folder).logits(TOKENS), model.logits(TOKENS))
 
 
 # what training starts from

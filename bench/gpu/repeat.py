@@ -20,7 +20,7 @@ from bench.gpu.pages import (
 )
 from encore.files import sha256_of
 
-ITERATIONS, KILLED_FROM, AT_ONCE = 12, 6, 2
+ITERATIONS, KILLED_FROM = 12, 6
 
 
 def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
@@ -35,7 +35,7 @@ def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
     }
     print_head("page", "once", "again", "killed and taken up", "")
     same = []
-    with ThreadPoolExecutor(len(pages) if is_gpu() else 1) as pool:
+    with ThreadPoolExecutor(len(pages) if is_gpu() else 2) as pool:
         jobs = {
             name: pool.submit(train_three_times, page, folder / str(i), tokens)
             for i, (name, page) in enumerate(pages.items())
