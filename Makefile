@@ -40,6 +40,7 @@ repository:
 	@git rev-parse --git-dir >/dev/null 2>&1 || { echo 'encore: this folder is no git repository, which DVC needs: git clone it instead, or run here: git init && git add -A && git commit -m start' >&2; exit 1; }
 
 repro: repository setup
+	@python -m encore.mend
 	@dvc repro
 	@python -m encore.summary
 	@python -m encore.report

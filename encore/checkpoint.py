@@ -28,7 +28,7 @@ from encore.distributed import ALONE, Ranks, gather
 from encore.errors import EncoreError
 from encore.files import read_json, sha256_of, whole_folder, write_json
 from encore.runs import code_sha256
-from encore.tensor_files import save_tensors
+from encore.tensor_files import check_finite, save_tensors
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 OTHER_CODE = "ENCORE_RESUME_OTHER_CODE"
@@ -77,8 +77,14 @@ class Saver:
             self._error = error
 
     def _write(self, iteration: int, model: Tensors, optimizer: Tensors, state: dict[str, Any]) -> None:
-        """Writes beside, renames into place and drops what is too old. A crash leaves the earlier ones whole."""
+        """Writes beside, renames into place and drops what is too old. A crash leaves the earlier ones whole.
+
+        Raises EncoreError where a tensor is not finite: who resumed from it could only fail.
+        """
         path = self.folder / f"iter-{iteration:07d}"
+        way_out = "it is not saved, and the checkpoint before is whole. Lower learning_rate or set dtype: float32"
+        for tensors in (model, optimizer):
+            check_finite(tensors, f"iteration {iteration}", way_out)
         with whole_folder(path) as partial:
             save_tensors(partial / MODEL, model)
             save_tensors(partial / OPTIMIZER, optimizer)
@@ -132,12 +138,14 @@ def find_newest(folder: Path, max_iters: int) -> Checkpoint | None:
 def restore(path: Path | None, model: nn.Module, optimizers: Optimizers, ranks: Ranks = ALONE) -> None:
     """Puts the weights and moments of rank 0's checkpoint into `model` and `optimizers` on every rank, on its device.
 
-    path: None on the other ranks. Raises EncoreError where other code has made other tensors.
+    path: None on the other ranks. Raises EncoreError where other code has made other tensors, or one is not finite.
     """
     weights = load_file(path / MODEL) if path else {}
     if path and _shapes(weights) != _shapes(dict(model.named_parameters())):
         raise EncoreError(f"{path} holds other tensors than today's code makes; delete {path.parent} to start anew")
     moments = load_file(path / OPTIMIZER) if path else {}
+    for tensors in (weights, moments):
+        check_finite(tensors, str(path), "delete this folder to go on from the checkpoint before")
     layouts = {name: (list(tensor.shape), str(tensor.dtype).split(".")[1]) for name, tensor in moments.items()}
     layouts = ranks.from_first(layouts)
     for name, parameter in model.named_parameters():

@@ -15,7 +15,7 @@ from encore.models import gpt2_hub, nanochat_hub
 from encore.models.architectures import Config, Model, make_model
 from encore.models.gpt2 import GPT2, GPT2Config
 from encore.models.nanochat import NanoChat
-from encore.tensor_files import save_tensors
+from encore.tensor_files import check_finite, save_tensors
 from encore.token_files import RANKS_FILE
 
 HASHES = "files_sha256"  # in encore.json
@@ -23,12 +23,16 @@ HASHES = "files_sha256"  # in encore.json
 
 def save_model(folder: Path, model: Model, ranks: bytes, record: dict[str, Any]) -> None:
     """Fills `folder`: config.json, model.safetensors, the tokenizer's ranks, and encore.json with `record` and the
-    sha256 of these files."""
+    sha256 of these files.
+
+    Raises EncoreError where a weight is not finite.
+    """
     if isinstance(model, GPT2):
         config, tensors = gpt2_hub.to_hub_config(model.config), gpt2_hub.to_hub(model)
         record = {"bias": model.config.bias, **record}
     else:
         config, tensors = nanochat_hub.to_hub_config(model.config), nanochat_hub.to_hub(model)
+    check_finite(tensors, "the trained model", "lower learning_rate, or set dtype: float32, and train again")
     write_json(folder / CONFIG, config)
     save_tensors(folder / WEIGHTS, tensors)
     write_whole(folder / RANKS_FILE, ranks)
@@ -40,14 +44,20 @@ def load_model(folder: Path) -> Model:
     """Reads a folder of `save_model`, or of Hugging Face's GPT-2 (which always has biases) or NanoChat, float32 on the
     CPU.
 
+<<<<<<< HEAD
     Raises EncoreError where a file is missing, is not the one that encore.json has the hash of, or where the weights do
     not have the shapes that config.json says.
+=======
+    Raises EncoreError where a file is missing, the weights do not have the shapes that config.json says, or one is not
+    finite.
+>>>>>>> w-stops
     """
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else {"bias": True}
     check_hashes(folder, record)
     hub_config = read_json(folder / CONFIG)
     try:
         tensors = load_file(folder / WEIGHTS)
+        check_finite(tensors, str(folder / WEIGHTS), "take other weights, or train these again")
         if hub_config["model_type"] in (nanochat_hub.PLAIN, nanochat_hub.PLUS):
             nanochat = NanoChat(nanochat_hub.from_hub_config(hub_config))
             nanochat.load_state_dict(nanochat_hub.from_hub(tensors, nanochat))

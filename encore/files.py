@@ -79,6 +79,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """What kills in the middle of a write into `folder` have left. Only for the one who alone writes there."""
+    for path in [*folder.glob(".*.partial"), *folder.glob(".*.old")]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """A hard link, which takes no room, or a copy where the file system has none or `target` is on another one."""
     try:

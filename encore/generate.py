@@ -87,11 +87,17 @@ def sample(
     scores: torch.Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator
 ) -> int:
     """An id drawn by its score, (V,) float32: among the `top_k` likeliest, and of those among the likeliest that hold
-    `top_p` of the probability together (Holtzman et al. 2020)."""
+    `top_p` of the probability together (Holtzman et al. 2020). Raises EncoreError where the best is not finite."""
+    best = int(scores.argmax())  # NaN, if there is one
+    if not scores[best].isfinite():
+        raise EncoreError(f"the model gives a score of {scores[best]:g}; take other weights, or train these again")
     if temperature == 0:
-        return int(scores.argmax())
+        return best
     likely, ids = scores.topk(min(top_k or len(scores), len(scores)))
-    shares = F.softmax(likely / temperature, dim=0)
+    likely = likely / temperature
+    if not likely[0].isfinite():  # so little that float32 has no room: the same as 0
+        return best
+    shares = F.softmax(likely, dim=0)
     before = shares.cumsum(0) - shares  # the first one is always kept
     shares = shares.masked_fill(before >= top_p, 0.0)
     return int(ids[torch.multinomial(shares, 1, generator=generator)])

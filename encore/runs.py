@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from encore.errors import EncoreError
-from encore.files import read_json, sha256_of, write_json
+from encore.files import read_json, remove_leftovers, sha256_of, write_json
 
 IDENTITY = "run.json"
 # Where to stop and what to keep: they change no step on the way.
@@ -54,7 +54,8 @@ def find_other_schedule(folder: Path, identity: dict[str, Any]) -> Path | None:
 
 @contextmanager
 def locked(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Holds the run's folder for this process; the lock goes with the process however it ends.
+    """Holds the run's folder for this process; the lock goes with the process however it ends. What earlier ones were
+    killed in the middle of writing is removed.
 
     Raises EncoreError where another trainer, an orphan perhaps, holds it.
     """
@@ -69,6 +70,7 @@ def locked(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
         ) from None
     try:
         owner.write_text(str(os.getpid()))
+        remove_leftovers(folder)  # checkpoints that a kill cut off; who wrote them is dead, or would hold the lock
         write_json(folder / IDENTITY, identity)
         yield
     finally:

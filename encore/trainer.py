@@ -199,7 +199,8 @@ class Trainer:
         self.records.log_step(train_row, speed_row)
 
     def evaluate(self) -> None:
-        """Records the losses over the same windows of both splits each time."""
+        """Records the losses over the same windows of both splits each time. Raises EncoreError where one is not
+        finite."""
         most_windows = self.params.eval_iters * self.params.batch_size
         losses = {}
         for name, windows in (("train", self.train), ("val", self.val)):
@@ -207,6 +208,11 @@ class Trainer:
             summed = sum_losses(self.model, batches, self.device, self.dtype)
             nats, tokens = self.ranks.sum(torch.tensor([summed.nats, summed.tokens], dtype=torch.float64)).tolist()
             losses[f"{name}_loss"] = nats / tokens
+        if not all(map(math.isfinite, losses.values())):
+            raise EncoreError(
+                f"iteration {self.iter}: an evaluation finds train loss {losses['train_loss']} and val loss "
+                f"{losses['val_loss']}; lower learning_rate, set dtype: float32, or start from other weights"
+            )
         self.records.log_eval({"iter": self.iter, **losses})
         self.records.publish()
 

@@ -1,5 +1,6 @@
 """Evaluates the trained model: its loss over the whole val split, standard tasks, and samples of what it writes."""
 
+import math
 import re
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from encore.batches import Windows
 from encore.device import find_device, find_dtype, naming_what_does_not_repeat, set_up_numerics
 from encore.distributed import Ranks, joined
-from encore.errors import run_stage
+from encore.errors import EncoreError, run_stage
 from encore.evaluation import SplitLoss, evaluate_split
 from encore.export import load_model
 from encore.files import write_json, write_tsv, write_whole
@@ -59,6 +60,12 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
     seconds = time.perf_counter() - started
     if not ranks.is_first:
         return
+
+    if not math.isfinite(split_loss.loss):
+        raise EncoreError(
+            f"{MODEL} has a loss of {split_loss.loss} over the val split; train again with a lower learning_rate, or "
+            "set dtype: float32"
+        )
 
     result = {"eval": summarize(split_loss, seconds)}
     error = split_loss.standard_error

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from encore import checkpoint
 from encore.checkpoint import MODEL, OPTIMIZER, OTHER_CODE, STATE, Saver, find_newest, find_resumable, list_checkpoints
@@ -392,3 +393,23 @@ def test_a_run_that_other_code_finished_starts_anew_and_its_new_checkpoints_stay
     save_some(tmp_path, [2, 4])
     assert find_resumable(tmp_path, 10).state["iter"] == 4
     assert names_in(tmp_path) == ["iter-0000002", "iter-0000004"]
+
+
+def test_a_run_that_is_not_finite_is_not_saved(tmp_path, trained):
+    saver = Saver(tmp_path, 2)
+    save_all(saver, [1], trained)
+    with torch.no_grad():
+        trained[0].wte.weight[3, 3] = float("nan")
+    with pytest.raises(EncoreError, match=r"^iteration 2: wte\.weight holds numbers that are not finite; it is"):
+        save_all(saver, [2], trained)
+    assert [path.name for path in tmp_path.iterdir()] == ["iter-0000001"]
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER])
+def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path, trained, name):
+    save_all(Saver(tmp_path, 2), [1], trained)
+    tensors = load_file(tmp_path / "iter-0000001" / name)
+    next(tensor for key, tensor in tensors.items() if "wpe.weight" in key).fill_(float("inf"))
+    save_file(tensors, tmp_path / "iter-0000001" / name)
+    with pytest.raises(EncoreError, match=r"iter-0000001: wpe\.weight\S* holds numbers .* delete this folder"):
+        checkpoint.restore(tmp_path / "iter-0000001", *trained)

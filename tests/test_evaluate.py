@@ -12,6 +12,7 @@ import torch
 from markdown_it import MarkdownIt
 from torch.nn import functional as F
 
+from encore.errors import EncoreError
 from encore.export import save_model
 from encore.models.gpt2 import GPT2, GPT2Config
 from encore.models.nanochat import NanoChat, NanoChatConfig
@@ -194,3 +195,13 @@ def test_an_empty_prompt_begins_where_documents_begin(model, tmp_path, monkeypat
     run(tmp_path, start=start, num_samples=1)
     assert asked == [prompt]
     assert f"~~~~~~text\n{start}c\n~~~~~~" in (tmp_path / "metrics/samples.md").read_text()
+
+
+def test_a_loss_that_is_not_finite_is_no_result(model, tmp_path, tokens_folder):
+    with torch.no_grad():
+        model.wte.weight.mul_(1e38)  # finite, and the scores are not
+        model.ln_f.weight.mul_(1e10)
+    save_model(tmp_path / "model", model, (tokens_folder / RANKS_FILE).read_bytes(), {})
+    with pytest.raises(EncoreError, match=r"^model has a loss of (nan|inf) over the val split; train again"):
+        run(tmp_path)
+    assert not (tmp_path / "metrics/eval.json").exists()

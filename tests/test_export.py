@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -244,3 +245,18 @@ def test_a_start_with_biases_is_none_without_and_the_other_way_round(exported):
     saved, folder = exported
     with pytest.raises(EncoreError, match=f"^{folder} holds another model than params.yaml describes: "):
         load_initial(folder, replace(saved.config, bias=not saved.config.bias), b"ranks")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path, value):
+    model = make_model(False)
+    save_model(tmp_path, model, b"ranks", {})
+    weights = load_file(tmp_path / WEIGHTS)
+    weights["transformer.ln_f.weight"][3] = value
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(EncoreError, match=r"model\.safetensors: transformer\.ln_f\.weight holds numbers that"):
+        load_model(tmp_path)
+    with torch.no_grad():
+        model.wte.weight[5, 5] = value
+    with pytest.raises(EncoreError, match=r"^the trained model: transformer\.wte\.weight holds numbers that"):
+        save_model(tmp_path, model, b"ranks", {})

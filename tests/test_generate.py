@@ -238,3 +238,16 @@ def test_wrong_arguments_are_told(monkeypatch, capsys, folder, arguments, said):
 def test_a_missing_model_is_told(monkeypatch, capsys, tmp_path):
     with pytest.raises(EncoreError, match=r"^there is no folder .*/none; `dvc repro train` makes model, --model names"):
         call(monkeypatch, capsys, tmp_path / "none")
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-50, 1e-300, 5e-324])
+def test_next_to_no_temperature_is_none(model, temperature):
+    assert run(model, [1, 2], temperature=temperature) == run(model, [1, 2], temperature=0)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_model_that_is_not_finite_writes_nothing(model, temperature):
+    with torch.no_grad():
+        model.ln_f.weight[0] = float("nan")
+    with pytest.raises(EncoreError, match=r"^the model gives a score of nan; take other weights"):
+        run(model, [1, 2], temperature=temperature)

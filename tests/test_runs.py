@@ -161,3 +161,18 @@ def test_the_code_hash_covers_the_stage_that_runs(tmp_path):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         hashes.add(subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, check=True).stdout)
     assert len(hashes) == 2
+
+
+def test_checkpoints_that_kills_cut_off_go_with_the_next_start_and_never_those_of_the_living(tmp_path):
+    folder, stranger = tmp_path / "run", tmp_path / "other"
+    for path in (folder / ".iter-0000004.partial", folder / ".iter-0000008.old", stranger / ".iter-0000004.partial"):
+        path.mkdir(parents=True)
+        (path / "model.safetensors").write_bytes(b"half")
+    (folder / "iter-0000002").mkdir()
+    with locked(folder, {}):
+        assert sorted(path.name for path in folder.iterdir() if "iter" in path.name) == ["iter-0000002"]
+        assert (stranger / ".iter-0000004.partial").exists()
+        (folder / ".iter-0000006.partial").mkdir()
+        with pytest.raises(EncoreError), locked(folder, {}):
+            pass
+        assert (folder / ".iter-0000006.partial").exists()

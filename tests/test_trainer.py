@@ -137,6 +137,7 @@ def test_dropout_and_the_seed_make_a_difference(make_trainer):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_stops_before_the_update(make_trainer, what):
     trainer = make_trainer("run", learning_rate=2e-3, warmup_iters=0, min_lr=2e-3)
+    trainer.evaluate()
     for _ in range(2):
         trainer.step()
     if what == "loss":
@@ -188,3 +189,17 @@ def test_speed_follows_from_the_clock_and_the_peak(make_trainer):
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters()) - 16 * 32
     flops = (6 * parameters + 12 * 2 * 32 * 16) * row["tokens_per_second"]
     assert (row["tflops"], row["mfu"]) == pytest.approx((flops / 1e12, flops / 1e12))
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run(make_trainer):
+    trainer = make_trainer("run")
+    with torch.no_grad():
+        trainer.model.ln_f.weight[0] = float("nan")
+    with pytest.raises(EncoreError, match=r"^iteration 0: an evaluation finds train loss nan and val loss nan; lower"):
+        trainer.run(NO_STOP)
+    assert not list(trainer.checkpoints.glob("iter-*"))
+
+
+def test_a_rate_without_measure_ends_in_a_sentence(make_trainer):
+    with pytest.raises(EncoreError, match=r"not finite|the loss is|finds train loss"):
+        make_trainer("run", learning_rate=1e30, min_lr=1e30, warmup_iters=0).run(NO_STOP)
