@@ -3,21 +3,21 @@
 Parquet files, which a pattern may find as well, are listed and hashed here, and read by pyarrow.
 """
 
-import glob
 import gzip
 import hashlib
 import json
 import os
 import zlib
 from collections.abc import Iterator
-from itertools import takewhile
 from pathlib import Path
 
 import zstandard
 
 from encore.errors import EncoreError
 from encore.files import sha256_of
+from encore.patterns import find, fixed_folder
 from encore.raw_folder import Document
+from encore.retries import note
 from encore.threads import Threads
 
 # A parquet page, which a document must fit into, holds less than 2 GiB.
@@ -33,16 +33,18 @@ PARQUET = ".parquet"
 def list_files(pattern: str) -> dict[str, Path]:
     """The files that a pattern means, in the order of their names: their paths from its first wildcard's folder on.
 
-    So that names, order and hash are the same wherever the folder lies. Raises EncoreError where there are none, and
-    for one that holds no text that we know to read.
+    So that names, order and hash are the same wherever the folder lies. A file to which links lead is there once, with
+    a note. Raises EncoreError where there are none, and for one that holds no text that we know to read.
     """
-    folders = Path(pattern).parts[:-1]
-    base = Path(*takewhile(lambda part: not set(part) & set("*?["), folders))
-    found = [Path(path) for path in set(glob.glob(pattern, recursive=True)) if not os.path.isdir(path)]
+    base = fixed_folder(pattern)
+    found, skipped = find(pattern)
     if not found:
         raise EncoreError(
             f"dataset: files:{pattern} finds no files in {base}; correct the pattern (** goes into folders)"
         )
+    if skipped:
+        links = "1 link leads" if len(skipped) == 1 else f"{len(skipped)} links lead"
+        note(f"files:{pattern}: {links} to what is found already and is taken once, as {skipped[0]}")
     paths = dict(sorted((path.relative_to(base).as_posix(), path) for path in found))
     for path in paths.values():
         if not path.name.endswith((*TXT, *JSONL, PARQUET)):
