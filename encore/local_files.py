@@ -28,6 +28,7 @@ HASHES_AT_ONCE = 8
 TXT = (".txt", ".txt.gz", ".txt.zst")
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = ".parquet"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # in UTF-8, where editors of Windows write it before a text
 
 
 def list_files(pattern: str) -> dict[str, Path]:
@@ -74,15 +75,29 @@ def hash_names_and_contents(hashes: dict[str, str]) -> str:
 def read_documents(path: Path, name: str, key: str) -> Iterator[Document]:
     """The documents of a text file: all of a .txt, the `key` of each line of a .jsonl that is not blank.
 
-    name: the file's name in the source. Memory: a few times the largest document.
+    A byte-order mark before a text, or before a line, as where files were joined, is dropped: a repair. name: the
+    file's name in the source. Memory: a few times the largest document.
     """
     if path.name.endswith(TXT):
-        yield Document(check_text(_join(_read_pieces(path), str(path)), str(path)), name)
+        yield read_text(_join(_read_pieces(path), str(path)), name, str(path))
         return
-    for number, line in enumerate(_split_lines(_read_pieces(path), path), start=1):
+    for number, marked in enumerate(_split_lines(_read_pieces(path), path), start=1):
+        line = _drop_marks(marked)
         if line.strip():
             text, repaired = _read_row(line, f"{path}, line {number}", key)
-            yield Document(text, name, repaired)
+            yield Document(text, name, repaired or line != marked)
+
+
+def read_text(content: bytes, name: str, where: str) -> Document:
+    """A file of text as a document, without the byte-order mark before it."""
+    text = _drop_marks(check_text(content, where))
+    return Document(text, name, text != content)
+
+
+def _drop_marks(text: bytes) -> bytes:
+    while text.startswith(BYTE_ORDER_MARK):
+        text = text.removeprefix(BYTE_ORDER_MARK)
+    return text
 
 
 def _read_row(line: bytes, where: str, key: str) -> tuple[bytes, bool]:

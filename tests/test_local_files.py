@@ -146,6 +146,22 @@ def test_patterns_without_links_are_those_of_glob(fetch_folder: Path, tmp_path: 
     assert set(list_files(pattern).values()) == expected
 
 
+MARK = b"\xef\xbb\xbf"
+
+
+def test_a_byte_order_mark_is_dropped_and_counted(fetch_folder: Path) -> None:
+    """Before a text, and before any line, since files may have been joined; within a text it is a sign like others."""
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_bytes(MARK + b"a \xef\xbb\xbf b")
+    Path("texts/b.txt.gz").write_bytes(gzip.compress(MARK + MARK + b"b"))
+    Path("texts/c.txt").write_bytes(b"c")
+    Path("texts/d.jsonl").write_bytes(MARK + b'{"text": "d"}\n' + MARK + b"\n" + b'{"text": "e"}\n')
+    Path("texts/e.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "f"}\n' + MARK + b'{"text": "\\ud800"}\n'))
+    raw = fetch("files:texts/*", current_revision("files:texts/*"), want(), fetch_folder, Path("scratch"))
+    assert texts_of(fetch_folder, raw.files) == ["a \ufeff b", "b", "c", "d", "e", "f", "\ufffd"]
+    assert raw.repaired_documents == 4
+
+
 LONG_LINE = """
 import json
 from pathlib import Path
