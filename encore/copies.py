@@ -5,6 +5,7 @@ from pathlib import Path
 
 from encore.errors import EncoreError
 from encore.init_from import CONFIG, WEIGHTS
+from encore.patterns import find
 
 PLACE = (".dvc", "tmp", "exps")
 
@@ -32,8 +33,9 @@ def _find_original(folder: Path) -> Path | None:
 
 
 def _check(original: Path, patterns: list[str], setting: str) -> None:
-    found = [name for pattern in patterns for name in glob.glob(pattern, root_dir=original, recursive=True)]
-    if missing := sorted(name for name in found if not Path(name).exists()):
+    inside = [Path(glob.escape(str(original)), pattern) for pattern in patterns if not Path(pattern).is_absolute()]
+    names = [path.relative_to(original) for pattern in inside for path in find(str(pattern))[0]]
+    if missing := sorted(name for name in names if not name.exists()):
         raise EncoreError(
             f"{missing[0]} is not in this copy of the repository, in which `dvc exp run` with --temp or --queue works: "
             f"git does not track it; `git add` it, or name it where it is: -S '{setting}'"

@@ -44,13 +44,8 @@ def load_model(folder: Path) -> Model:
     """Reads a folder of `save_model`, or of Hugging Face's GPT-2 (which always has biases) or NanoChat, float32 on the
     CPU.
 
-<<<<<<< HEAD
-    Raises EncoreError where a file is missing, is not the one that encore.json has the hash of, or where the weights do
-    not have the shapes that config.json says.
-=======
-    Raises EncoreError where a file is missing, the weights do not have the shapes that config.json says, or one is not
-    finite.
->>>>>>> w-stops
+    Raises EncoreError where a file is missing or is not the one that encore.json has the hash of, where the weights do
+    not have the shapes that config.json says, or one is not finite.
     """
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else {"bias": True}
     check_hashes(folder, record)

@@ -247,6 +247,11 @@ def _list(repository: str, commit: str | None, kind: str = "dataset") -> Listing
                 f"hf:{repository}: what answers is no Hub ({type(error).__name__}); check the spelling, HF_ENDPOINT "
                 "and whether this network wants a log-in"
             ) from None
+    if not found.commit or commit not in (None, found.commit):
+        raise EncoreError(
+            f"{what}: the Hub answers with another commit ({found.commit[:40] or 'none'}); check HF_ENDPOINT and run "
+            "again, and where that does not help, pin the commit that it has"
+        )
     if any(file.path.is_absolute() or ".." in file.path.parts for file in found.files):
         raise EncoreError(f"hf:{repository} lists a file outside its own folder; do not use it")
     return found

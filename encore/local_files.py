@@ -3,21 +3,21 @@
 Parquet files, which a pattern may find as well, are listed and hashed here, and read by pyarrow.
 """
 
-import glob
 import gzip
 import hashlib
 import json
 import os
 import zlib
 from collections.abc import Iterator
-from itertools import takewhile
 from pathlib import Path
 
 import zstandard
 
 from encore.errors import EncoreError
 from encore.files import sha256_of
+from encore.patterns import find, fixed_folder
 from encore.raw_folder import Document
+from encore.retries import note
 from encore.threads import Threads
 
 # A parquet page, which a document must fit into, holds less than 2 GiB.
@@ -28,21 +28,24 @@ HASHES_AT_ONCE = 8
 TXT = (".txt", ".txt.gz", ".txt.zst")
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = ".parquet"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # in UTF-8, where editors of Windows write it before a text
 
 
 def list_files(pattern: str) -> dict[str, Path]:
     """The files that a pattern means, in the order of their names: their paths from its first wildcard's folder on.
 
-    So that names, order and hash are the same wherever the folder lies. Raises EncoreError where there are none, and
-    for one that holds no text that we know to read.
+    So that names, order and hash are the same wherever the folder lies. A file to which links lead is there once, with
+    a note. Raises EncoreError where there are none, and for one that holds no text that we know to read.
     """
-    folders = Path(pattern).parts[:-1]
-    base = Path(*takewhile(lambda part: not set(part) & set("*?["), folders))
-    found = [Path(path) for path in set(glob.glob(pattern, recursive=True)) if not os.path.isdir(path)]
+    base = fixed_folder(pattern)
+    found, skipped = find(pattern)
     if not found:
         raise EncoreError(
             f"dataset: files:{pattern} finds no files in {base}; correct the pattern (** goes into folders)"
         )
+    if skipped:
+        links = "1 link leads" if len(skipped) == 1 else f"{len(skipped)} links lead"
+        note(f"files:{pattern}: {links} to what is found already and is taken once, as {skipped[0]}")
     paths = dict(sorted((path.relative_to(base).as_posix(), path) for path in found))
     for path in paths.values():
         if not path.name.endswith((*TXT, *JSONL, PARQUET)):
@@ -72,15 +75,29 @@ def hash_names_and_contents(hashes: dict[str, str]) -> str:
 def read_documents(path: Path, name: str, key: str) -> Iterator[Document]:
     """The documents of a text file: all of a .txt, the `key` of each line of a .jsonl that is not blank.
 
-    name: the file's name in the source. Memory: a few times the largest document.
+    A byte-order mark before a text, or before a line, as where files were joined, is dropped: a repair. name: the
+    file's name in the source. Memory: a few times the largest document.
     """
     if path.name.endswith(TXT):
-        yield Document(check_text(_join(_read_pieces(path), str(path)), str(path)), name)
+        yield read_text(_join(_read_pieces(path), str(path)), name, str(path))
         return
-    for number, line in enumerate(_split_lines(_read_pieces(path), path), start=1):
+    for number, marked in enumerate(_split_lines(_read_pieces(path), path), start=1):
+        line = _drop_marks(marked)
         if line.strip():
             text, repaired = _read_row(line, f"{path}, line {number}", key)
-            yield Document(text, name, repaired)
+            yield Document(text, name, repaired or line != marked)
+
+
+def read_text(content: bytes, name: str, where: str) -> Document:
+    """A file of text as a document, without the byte-order mark before it."""
+    text = _drop_marks(check_text(content, where))
+    return Document(text, name, text != content)
+
+
+def _drop_marks(text: bytes) -> bytes:
+    while text.startswith(BYTE_ORDER_MARK):
+        text = text.removeprefix(BYTE_ORDER_MARK)
+    return text
 
 
 def _read_row(line: bytes, where: str, key: str) -> tuple[bytes, bool]:

@@ -3,6 +3,7 @@
 `python -m encore.sources DATASET` prints the revision that a source has now, for dataset_revision in params.yaml.
 """
 
+import base64
 import csv
 import hashlib
 import os
@@ -21,11 +22,11 @@ from encore.errors import EncoreError, run_stage
 from encore.files import link_or_copy, sha256_of, write_whole
 from encore.local_files import (
     PARQUET,
-    check_text,
     hash_files,
     hash_names_and_contents,
     list_files,
     read_documents,
+    read_text,
 )
 from encore.params import SOURCE
 from encore.raw_folder import Document, RawFolder, gather_row_groups, read_footer
@@ -36,6 +37,7 @@ GPT2_RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base
 GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 ROW_GROUP_DOCUMENTS = 100  # of a package: its modules are small
+RECORD_HASHES = ("sha256", "sha384", "sha512")  # what a wheel may hash its files with
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def _fetch_package(name: str, version: str, raw: RawFolder) -> None:
             f"dataset_revision: {name} {version} is wanted and {installed.version} is installed; "
             f"`pip install {name}=={version}`, or set dataset_revision to {installed.version}"
         )
-    modules = [Document(text, name) for text in _read_modules(installed) if text]
+    modules = [module for module in _read_modules(installed) if module.text]
     groups = (modules[start : start + ROW_GROUP_DOCUMENTS] for start in range(0, len(modules), ROW_GROUP_DOCUMENTS))
     raw.write(groups, name)
     raw.licence = _read_licence(installed)
@@ -159,23 +161,32 @@ def _distribution(name: str) -> metadata.Distribution:
         ) from None
 
 
-def _read_modules(installed: metadata.Distribution) -> Iterator[bytes]:
-    """The text of the .py files in the order of their paths.
+def _read_modules(installed: metadata.Distribution) -> Iterator[Document]:
+    """The .py files in the order of their paths. Raises EncoreError for one that is not as it was installed.
 
     Scripts, which lie outside the packages' folder, are left out: their first line names this machine's Python.
     """
     # Distribution.files leaves out what is missing, from Python 3.12 on.
-    record = csv.reader((installed.read_text("RECORD") or "").splitlines())
-    listed = [row[0] for row in record if row and row[0].endswith(".py") and ".." not in row[0].split("/")]
-    for path in sorted(listed):
+    rows = csv.reader((installed.read_text("RECORD") or "").splitlines())
+    recorded = {row[0]: row[1] for row in rows if len(row) > 1 and row[0].endswith(".py")}
+    way_out = f"`pip install --force-reinstall {installed.name}=={installed.version}`"
+    for path in sorted(recorded):
+        if ".." in path.split("/"):
+            continue
         where = f"package:{installed.name}, {path}"
         try:
-            text = Path(str(installed.locate_file(path))).read_bytes()
+            content = Path(str(installed.locate_file(path))).read_bytes()
         except FileNotFoundError:
+            raise EncoreError(f"{where} is missing; {way_out}") from None
+        algorithm, _, expected = recorded[path].partition("=")
+        if algorithm not in RECORD_HASHES:
+            raise EncoreError(f"{where} has no hash in the package's RECORD, so it may be anything; {way_out}")
+        digest = hashlib.new(algorithm, content).digest()
+        if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != expected:
             raise EncoreError(
-                f"{where} is missing; `pip install --force-reinstall {installed.name}=={installed.version}`"
-            ) from None
-        yield check_text(text, where)
+                f"{where} is not the file that was installed ({algorithm} differs from RECORD); {way_out}"
+            )
+        yield read_text(content, installed.name, where)
 
 
 # files:GLOB

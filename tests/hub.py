@@ -67,6 +67,7 @@ class Hub(ThreadingHTTPServer):
         self.kind = "datasets"  # or models: what the repository is
         self.other_files: dict[str, bytes] = {}  # by path: files that are no data set's
         self.in_git: set[str] = set()  # small files that are not in LFS: the Hub has no sha256 for them
+        self.commit = COMMIT  # what it says that a listing is of
         self.card: dict[str, object] | None = None  # the head of its README
         self.token: str | None = None  # refuses every request without it
         self.failure: tuple[int, str] | None = None  # status and X-Error-Code of every answer
@@ -198,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
                 sibling["lfs"] = {"size": len(content), "sha256": sha256, "pointerSize": 134}
             siblings.append(sibling)
         card = {"cardData": self.server.card} if self.server.card else {}
-        return {"id": REPOSITORY, "sha": COMMIT, "siblings": siblings, **card}
+        return {"id": REPOSITORY, "sha": self.server.commit, "siblings": siblings, **card}
 
     def send_file(self, name: str) -> None:
         hub, content = self.server, self.server.files[name]

@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from encore import retries, transfer
 from encore.errors import EncoreError
-from encore.hub import DataSet
+from encore.hub import DataSet, fetch_model, newest_commit
 from encore.raw_folder import RawFolder
 from encore.sources import fetch
 from tests.hub import ALWAYS, COMMIT, LISTING, REPOSITORY, Fault, Hub, connected, serving
@@ -70,6 +70,27 @@ def test_listing_is_tried_again(hub: Hub, fetch_folder: Path) -> None:
     ]
     assert len(fetch_hub(fetch_folder, 1).files) == 1
     assert hub.requests["list COMMIT"] == 5
+
+
+@pytest.mark.parametrize("commit", ["f" * 40, COMMIT[:7], "main", ""])
+def test_another_commit_than_the_pinned_one(commit: str, hub: Hub, fetch_folder: Path) -> None:
+    hub.commit = commit
+    with pytest.raises(EncoreError) as error:
+        fetch_hub(fetch_folder)
+    assert str(error.value) == (
+        f"hf:{REPOSITORY} at {COMMIT}: the Hub answers with another commit ({commit or 'none'}); check HF_ENDPOINT and "
+        "run again, and where that does not help, pin the commit that it has"
+    )
+    assert list(hub.requests) == ["list COMMIT"]
+    hub.kind = "models"
+    with pytest.raises(EncoreError, match="answers with another commit"):
+        fetch_model(REPOSITORY, COMMIT, NAMES[:1], Path("scratch"))
+
+
+def test_a_list_of_no_commit(hub: Hub) -> None:
+    hub.commit = ""
+    with pytest.raises(EncoreError, match="answers with another commit"):
+        newest_commit(REPOSITORY)
 
 
 def test_a_file_outside_itself(hub: Hub, fetch_folder: Path) -> None:

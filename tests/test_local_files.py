@@ -1,5 +1,6 @@
 """files:GLOB: what arrives is compared with the text that went in, and the hash with sha256sum's."""
 
+import glob
 import gzip
 import json
 import os
@@ -12,7 +13,7 @@ import zstandard
 
 from encore import local_files, raw_folder
 from encore.errors import EncoreError
-from encore.local_files import read_documents
+from encore.local_files import list_files, read_documents
 from encore.sources import current_revision, fetch
 from tests.conftest import ROOT
 from tests.text_sources import check_listed, fetch_all, parquet_bytes, sha256, texts_of, want
@@ -96,6 +97,69 @@ def test_half_a_surrogate_pair_is_replaced_and_counted(fetch_folder: Path, monke
     expected = ["a\ufffd", "\ufffd", "\ufffd😀b", "\ufffd\ufffd", "\ufffd\n", "😀", "😀", "\ufffd", "\\ud800"]
     assert texts_of(fetch_folder, raw.files) == expected
     assert raw.repaired_documents == len(half)
+
+
+def test_links_bring_no_file_twice(fetch_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever leads to it: two links upward would give 2 to the power of 40 names."""
+    Path("texts/deep").mkdir(parents=True)
+    Path("texts/a.txt").write_bytes(b"a")
+    Path("texts/deep/b.txt").write_bytes(b"b")
+    pattern = "files:texts/**/*.txt"
+    revision = current_revision(pattern)
+    assert capsys.readouterr().err == ""
+    Path("texts/0.txt").symlink_to("a.txt")
+    Path("texts/all").symlink_to(".")
+    Path("texts/deep/up").symlink_to("..")
+    Path("texts/again").symlink_to("deep")
+    assert current_revision(pattern) == revision
+    assert capsys.readouterr().err == (
+        f"encore: note: {pattern}: 4 links lead to what is found already and is taken once, as texts/0.txt\n"
+    )
+    assert texts_of(fetch_folder, fetch_all(pattern, fetch_folder)) == ["a", "b"]
+    assert list(list_files("texts/**/up/*.txt")) == ["deep/up/0.txt"]
+
+
+def test_links_to_other_places_are_followed(fetch_folder: Path) -> None:
+    """By the name of the link, the first of them where there are two; in folders of which none is the real one too."""
+    Path("store/.kept").mkdir(parents=True)
+    Path("store/.kept/a.txt").write_bytes(b"a")
+    Path("store/b.txt").write_bytes(b"b")
+    Path("texts").mkdir()
+    Path("texts/one").symlink_to("../store/.kept")
+    Path("texts/two").symlink_to("../store/.kept")
+    Path("texts/b.txt").symlink_to("../store/b.txt")
+    Path("linked").symlink_to("texts")
+    for base in ("texts", "linked"):
+        assert list(list_files(f"{base}/**/*.txt")) == ["b.txt", "one/a.txt"]
+        assert list(list_files(f"{base}/**")) == ["b.txt", "one/a.txt"]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["t/*.txt", "t/**/*.txt", "t/**/s*/*", "t/**", "**/*.txt", "t/?/[!x].txt", "t/../t/*.txt", "{}/**/*.txt"]
+)
+def test_patterns_without_links_are_those_of_glob(fetch_folder: Path, tmp_path: Path, pattern: str) -> None:
+    for name in ("t/a.txt", "t/s/b.txt", "t/s/s2/c.txt", "t/.h/d.txt", "t/.e.txt", "t/s/x.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    pattern = pattern.format(Path.cwd())
+    expected = {Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file()}
+    assert set(list_files(pattern).values()) == expected
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+def test_a_byte_order_mark_is_dropped_and_counted(fetch_folder: Path) -> None:
+    """Before a text, and before any line, since files may have been joined; within a text it is a sign like others."""
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_bytes(MARK + b"a \xef\xbb\xbf b")
+    Path("texts/b.txt.gz").write_bytes(gzip.compress(MARK + MARK + b"b"))
+    Path("texts/c.txt").write_bytes(b"c")
+    Path("texts/d.jsonl").write_bytes(MARK + b'{"text": "d"}\n' + MARK + b"\n" + b'{"text": "e"}\n')
+    Path("texts/e.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "f"}\n' + MARK + b'{"text": "\\ud800"}\n'))
+    raw = fetch("files:texts/*", current_revision("files:texts/*"), want(), fetch_folder, Path("scratch"))
+    assert texts_of(fetch_folder, raw.files) == ["a \ufeff b", "b", "c", "d", "e", "f", "\ufffd"]
+    assert raw.repaired_documents == 4
 
 
 LONG_LINE = """

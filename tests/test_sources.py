@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import hashlib
 import os
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         for path, content in files.items():
             (site / path).parent.mkdir(parents=True, exist_ok=True)
             (site / path).write_bytes(content)
-        info.joinpath("RECORD").write_text("".join(f"{path},,\n" for path in reversed(files)))
+        hashes = {path: base64.urlsafe_b64encode(bytes.fromhex(sha256(text))) for path, text in files.items()}
+        rows = [f"{path},sha256={hashes[path].decode().rstrip('=')},\n" for path in reversed(files)]
+        info.joinpath("RECORD").write_text("".join(rows))
         return site
 
     return install
@@ -125,6 +128,33 @@ def test_package_errors(install, fetch_folder: Path) -> None:
     install({"hollow/a.py": b""}, "hollow")
     with pytest.raises(EncoreError, match=r"package:hollow at 1\.2 holds no documents"):
         fetch_all("package:hollow", fetch_folder)
+
+
+def test_a_module_that_is_not_the_installed_one(install, fetch_folder: Path) -> None:
+    site = install({"corpus/a.py": b"a = 1\n", "corpus/b.py": b"b = 1\n"})
+    assert texts_of(fetch_folder, fetch_all("package:corpus", fetch_folder)) == ["a = 1\n", "b = 1\n"]
+    (site / "corpus/b.py").write_bytes(b"b = 2\n")
+    with pytest.raises(EncoreError) as changed:
+        fetch_all("package:corpus", fetch_folder)
+    assert str(changed.value) == (
+        "package:corpus, corpus/b.py is not the file that was installed (sha256 differs from RECORD); "
+        "`pip install --force-reinstall corpus==1.2`"
+    )
+    record = site / "corpus-1.2.dist-info/RECORD"
+    for row in ("corpus/a.py,,\n", "corpus/a.py,md5=abc,7\n"):
+        record.write_text(row)
+        with pytest.raises(EncoreError, match=r"corpus/a\.py has no hash in the package's RECORD.*--force-reinstall"):
+            fetch_all("package:corpus", fetch_folder)
+    digest = base64.urlsafe_b64encode(hashlib.sha512(b"a = 1\n").digest()).decode().rstrip("=")
+    record.write_text(f"corpus/a.py,sha512={digest},7\n")
+    fetch_all("package:corpus", fetch_folder)
+
+
+def test_a_module_with_a_byte_order_mark(install, fetch_folder: Path) -> None:
+    install({"corpus/a.py": b"\xef\xbb\xbfa = 1\n", "corpus/b.py": b"b = 1\n"})
+    raw = fetch("package:corpus", "1.2", want(), fetch_folder, Path("s"))
+    assert texts_of(fetch_folder, raw.files) == ["a = 1\n", "b = 1\n"]
+    assert raw.repaired_documents == 1
 
 
 # files:GLOB: order, and what the manifest is told
