@@ -1,11 +1,12 @@
 """params.yaml: the schema that is its only door, and each stage's view of the keys that dvc.yaml lists for it."""
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -15,6 +16,8 @@ from encore.init_from import PUBLISHED
 PAGE = Path("params.yaml")
 PIPELINE = Path("dvc.yaml")
 GPT2_VOCAB_SIZE = 50_257
+TINY = 1e-12
+NAME_BYTES = 255  # of file systems
 SOURCE = re.compile(
     r"hf:[\w.-]+/[\w.-]+(/[\w./-]+)?"  # a Hub data set, and a folder in it where it has several
     r"|files:.+"
@@ -40,6 +43,28 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _not_tiny(value: float) -> float:
+    if 0 < value < TINY:
+        raise ValueError(f"it should be at least {TINY:g}; float32 has no room below")
+    return value
+
+
+def _text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair, which is no character; write the whole one") from None
+    return value
+
+
+def _name(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("a name cannot hold the character NUL")
+    if any(len(os.fsencode(part)) > NAME_BYTES for part in value.split("/")):
+        raise ValueError(f"no file or package has a name of more than {NAME_BYTES} bytes")
+    return value
+
+
 def _start(value: str) -> str:
     if Path(value).parts[:1] == ("data",):
         raise ValueError("data/ is the pipeline's own, where files come and go; copy the folder elsewhere")
@@ -62,7 +87,10 @@ def _task(value: Any) -> Any:
 
 Integer = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Positive = Annotated[Integer, Field(ge=1)]
+# The number of a tensor's elements fits into 64 bits, so that what is too large for the memory is told as that.
+Positive = Annotated[Integer, Field(ge=1, le=10**12)]
+Size = Annotated[Integer, Field(ge=1, le=2**24)]
+Rate = Annotated[Real, Field(gt=0, le=100), AfterValidator(_not_tiny)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 
 
@@ -71,7 +99,9 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    dataset: Annotated[Text, BeforeValidator(lambda value: _source(value) if isinstance(value, str) else value)]
+    dataset: Annotated[
+        Text, AfterValidator(_name), BeforeValidator(lambda value: _source(value) if isinstance(value, str) else value)
+    ]
     dataset_revision: Text
     text_column: Text
     shard_order: Literal["by_name", "shuffled"]
@@ -82,46 +112,48 @@ class Params(BaseModel):
     split_seed: Annotated[Integer, Field(ge=0)]
 
     architecture: Literal["gpt2", "nanochat", "nanochat-plus"]
-    n_layer: Positive
-    n_head: Positive
-    n_embd: Positive
-    block_size: Positive
+    n_layer: Size
+    n_head: Size
+    n_embd: Size
+    block_size: Size
     bias: Annotated[bool, Field(strict=True)]
     dropout: Annotated[Real, Field(ge=0, lt=1)]
-    init_from: Annotated[Text, BeforeValidator(lambda value: _start(value) if isinstance(value, str) else value)]
+    init_from: Annotated[
+        Text, AfterValidator(_name), BeforeValidator(lambda value: _start(value) if isinstance(value, str) else value)
+    ]
 
     seed: Annotated[Integer, Field(ge=0, lt=2**32)]
-    batch_size: Positive
-    gradient_accumulation_steps: Positive
+    batch_size: Size
+    gradient_accumulation_steps: Size
     max_iters: Positive
     optimizer: Literal["adamw", "muon"]
-    learning_rate: Annotated[Real, Field(gt=0)]
-    embedding_lr: Annotated[Real, Field(gt=0)] | None
-    head_lr: Annotated[Real, Field(gt=0)] | None
+    learning_rate: Rate
+    embedding_lr: Rate | None
+    head_lr: Rate | None
     lr_schedule: Literal["cosine", "trapezoid"]
     warmup_iters: Annotated[Integer, Field(ge=0)]
     lr_decay_iters: Positive | None
     warmdown_ratio: Annotated[Real, Field(gt=0, le=1)] | None
     min_lr: Annotated[Real, Field(ge=0)]
-    weight_decay: Annotated[Real, Field(ge=0)]
+    weight_decay: Annotated[Real, Field(ge=0, le=1000)]
     beta1: Annotated[Real, Field(ge=0, lt=1)]
     beta2: Annotated[Real, Field(ge=0, lt=1)]
-    grad_clip: Annotated[Real, Field(ge=0)]
+    grad_clip: Annotated[Real, Field(ge=0, le=10**9), AfterValidator(_not_tiny)]
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     compile: Literal["auto", True, False]
     log_interval: Positive
     eval_interval: Positive
-    eval_iters: Positive
+    eval_iters: Size
     checkpoint_interval: Positive
-    keep_checkpoints: Positive
+    keep_checkpoints: Size
 
-    start: Annotated[str, Field(strict=True)]
-    num_samples: Annotated[Integer, Field(ge=0)]
+    start: Annotated[str, Field(strict=True), AfterValidator(_text)]
+    num_samples: Annotated[Integer, Field(ge=0, le=2**24)]
     max_new_tokens: Positive
-    temperature: Annotated[Real, Field(ge=0)]
+    temperature: Annotated[Real, Field(ge=0, le=1000)]
     top_k: Positive | None
-    evaluate_tasks: list[Annotated[Text, BeforeValidator(_task)]]
+    evaluate_tasks: list[Annotated[Text, AfterValidator(_name), BeforeValidator(_task)]]
 
 
 class StageParams:
@@ -319,7 +351,8 @@ def _way_back(path: Path) -> str:
 
 
 def _quote(value: Any) -> str:
-    return "null" if value is None else repr(value)
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 100 else f"{text[:90]}..."
 
 
 def _why(error: ValidationError) -> str:
