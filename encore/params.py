@@ -54,6 +54,12 @@ def _source(value: str) -> str:
     return value
 
 
+def _revision(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError("YAML reads it as a number, where 3.20 is 3.2; put it in quotes, with every digit, as '3.20'")
+    return value
+
+
 def _task(value: Any) -> Any:
     if not isinstance(value, str) or not re.fullmatch(r"[\w.+:-]+", value):
         raise ValueError("a task is a name of lm-eval's, as in [hellaswag, lambada_openai]")
@@ -72,7 +78,7 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dataset: Annotated[Text, BeforeValidator(lambda value: _source(value) if isinstance(value, str) else value)]
-    dataset_revision: Text
+    dataset_revision: Annotated[Text, BeforeValidator(_revision)]
     text_column: Text
     shard_order: Literal["by_name", "shuffled"]
     tokenizer: Literal["bpe", "gpt2"]
