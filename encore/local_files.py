@@ -3,6 +3,7 @@
 Parquet files, which a pattern may find as well, are listed and hashed here, and read by pyarrow.
 """
 
+import glob
 import gzip
 import hashlib
 import json
@@ -39,9 +40,15 @@ def list_files(pattern: str) -> dict[str, Path]:
     """
     base = fixed_folder(pattern)
     found, skipped = find(pattern)
-    if not found:
+    if "[" in pattern and os.path.exists(pattern) and Path(pattern) not in found:
         raise EncoreError(
-            f"dataset: files:{pattern} finds no files in {base}; correct the pattern (** goes into folders)"
+            f"dataset: files:{pattern} is there, and as a pattern means other names, since [ begins a choice of signs; "
+            f"write files:{glob.escape(pattern)}"
+        )
+    if not found:
+        brackets = "; for a [ in a name write [[]" if "[" in pattern else ""
+        raise EncoreError(
+            f"dataset: files:{pattern} finds no files in {base}; correct the pattern (** goes into folders){brackets}"
         )
     if skipped:
         links = "1 link leads" if len(skipped) == 1 else f"{len(skipped)} links lead"

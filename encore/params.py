@@ -79,6 +79,12 @@ def _source(value: str) -> str:
     return value
 
 
+def _revision(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError("YAML reads it as a number, where 3.20 is 3.2; put it in quotes, with every digit, as '3.20'")
+    return value
+
+
 def _task(value: Any) -> Any:
     if not isinstance(value, str) or not re.fullmatch(r"[\w.+:-]+", value):
         raise ValueError("a task is a name of lm-eval's, as in [hellaswag, lambada_openai]")
@@ -102,7 +108,7 @@ class Params(BaseModel):
     dataset: Annotated[
         Text, AfterValidator(_name), BeforeValidator(lambda value: _source(value) if isinstance(value, str) else value)
     ]
-    dataset_revision: Text
+    dataset_revision: Annotated[Text, BeforeValidator(_revision)]
     text_column: Text
     shard_order: Literal["by_name", "shuffled"]
     tokenizer: Literal["bpe", "gpt2"]

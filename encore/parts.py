@@ -30,6 +30,7 @@ from encore.encode import RULES, Encoded, Tokens, encode_all, gather_batches, le
 from encore.errors import EncoreError
 from encore.files import link_or_copy, read_json, sha256_of, whole_folder, write_json, write_whole
 from encore.params import StageParams
+from encore.progress import Progress
 from encore.ranks import read_ranks, write_ranks
 from encore.token_files import RANKS_FILE, SPLITS, Shard, ShardWriter, shard_name, shards_as_json, token_dtype
 from encore.tokenizer import train_bpe
@@ -98,10 +99,20 @@ class PartStore:
         if params.tokenizer == "gpt2":
             write_whole(self.ranks_path, (self.raw / self.manifest["tokenizer"]["name"]).read_bytes())
         elif not self.ranks_path.exists():
-            documents = read_documents(self.groups, params.text_column)
-            texts = learning_texts(documents, params.split_seed, params.val_fraction, LEARNING_BYTES)
-            write_whole(self.ranks_path, write_ranks(train_bpe(texts, params.vocab_size)))
+            write_whole(self.ranks_path, write_ranks(train_bpe(self._read_to_learn(), params.vocab_size)))
         return read_ranks(self.ranks_path)
+
+    def _read_to_learn(self) -> Iterator[str]:
+        """The text that the vocabulary is learned from; tells how far that is."""
+        params = self.params
+        documents = read_documents(self.groups, params.text_column)
+        most_bytes = min(LEARNING_BYTES, sum(group.text_bytes for group in self.groups))
+        # The learner draws bars of its own in a terminal.
+        with Progress("read for the vocabulary", most_bytes, "bytes of text", bar=False) as progress:
+            for text in learning_texts(documents, params.split_seed, params.val_fraction, LEARNING_BYTES):
+                yield text
+                progress.add(len(text.encode()))
+        print(f"learning {params.vocab_size:,} tokens from {progress.done:,} bytes of text", flush=True)
 
     @cached_property
     def tokenizer_sha256(self) -> str:

@@ -27,6 +27,7 @@ def main() -> None:
     workers = count_workers()
     raw = check_raw(RAW, workers)
     store = PartStore(RAW, raw, params, scratch_folder())
+    check_several(sum(group.documents for group in store.groups))
 
     with store.merging(), whole_folder(TOKENS) as folder:
         parts = encode(store, params.token_cap, workers)
@@ -71,6 +72,15 @@ def encode(store: PartStore, token_cap: int, workers: int) -> list[EncodedPart]:
             if parts[-1].stopped_at is not None:
                 break
     return parts
+
+
+def check_several(documents: int) -> None:
+    """Raises EncoreError where there are too few documents for two splits, whatever val_fraction is."""
+    if documents < 2:
+        raise EncoreError(
+            "dataset: the corpus is a single document, and one is never shared between train and val; a .txt is one "
+            "document, so split it into several files, or write a .jsonl, of which each line is one"
+        )
 
 
 def check_splits(shards: dict[str, list[Shard]], params: StageParams) -> None:

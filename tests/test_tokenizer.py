@@ -4,8 +4,10 @@ import base64
 import importlib
 import itertools
 import os
+import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import tiktoken
 
 from encore.errors import EncoreError
 from encore.ranks import read_ranks, write_ranks
-from encore.tokenizer import END_OF_TEXT, GPT2_PATTERN, load_tokenizer, make_tokenizer, train_bpe
+from encore.tokenizer import END_OF_TEXT, GPT2_PATTERN, LEARNED_CHARACTERS, load_tokenizer, make_tokenizer, train_bpe
 from tests.conftest import ROOT
 
 NASTY_TEXTS = [
@@ -90,6 +92,27 @@ def test_training_takes_the_same_merges_as_a_slow_reference(corpus: list[str]) -
 def test_a_run_of_white_space_over_several_lines_is_one_piece() -> None:
     """As it is when text is encoded. (The trainer's regex engine takes `$` for the end of every line.)"""
     assert list(train_bpe(["a\n\n\n b\n\n\n"], 257 + 2))[256:] == [b"\n\n", b"\n\n\n"]
+
+
+def cpu_seconds(text: str) -> float:
+    start = time.process_time()
+    train_bpe([text], 300)
+    return time.process_time() - start
+
+
+@pytest.mark.parametrize("signs", ["ACGT", " \t\n\r", "!?.,-#", "0123", "中文字符"])
+def test_learning_from_text_without_blanks_takes_linear_time(signs: str) -> None:
+    """Eight times the text; it took more than thirty times as long. Half a second is spared the small one's noise."""
+    text = "".join(random.Random(1).choices(signs, k=160_000))
+    assert cpu_seconds(text) < 16 * cpu_seconds(text[:20_000]) + 0.5
+
+
+def test_long_words_are_learned_from_in_pieces() -> None:
+    """As if these were documents; a word of the longest that is left alone is learned from as a whole."""
+    text = "".join(random.Random(2).choices("ACGT中", k=2 * LEARNED_CHARACTERS + 100))
+    pieces = [text[start : start + LEARNED_CHARACTERS] for start in range(0, len(text), LEARNED_CHARACTERS)]
+    assert train_bpe([text], 600) == train_bpe(pieces, 600)
+    assert list(train_bpe(pieces[:1], 300))[256:] == slow_bpe(pieces[:1], 43)
 
 
 def test_equal_counts_are_decided_by_age() -> None:
