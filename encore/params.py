@@ -81,7 +81,7 @@ def _source(value: str) -> str:
 
 def _revision(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        raise ValueError("YAML reads it as a number, where 3.20 is 3.2; put it in quotes, with every digit, as '3.20'")
+        raise ValueError("it is read as a number, where 3.20 is 3.2; put it in quotes, with every digit, as '3.20'")
     return value
 
 

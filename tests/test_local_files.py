@@ -254,6 +254,15 @@ def test_files_that_are_none(fetch_folder: Path) -> None:
         current_revision("files:empty/*.txt")
 
 
+def test_a_bracket_in_a_name_is_told_of(fetch_folder: Path) -> None:
+    Path("a[1].txt").write_text("text")
+    with pytest.raises(EncoreError, match=r"files:a\[1\]\.txt is there, .*; write files:a\[\[\]1\]\.txt$"):
+        current_revision("files:a[1].txt")
+    current_revision("files:a[[]1].txt")
+    with pytest.raises(EncoreError, match=r"finds no files in .*; for a \[ in a name write \[\[\]$"):
+        current_revision("files:b[1].txt")
+
+
 def test_too_long_a_document(fetch_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_files, "DOCUMENT_BYTES", 10)
     Path("a.txt").write_bytes(b"0123456789")

@@ -99,7 +99,11 @@ def problems_with(**changes: Any) -> list[str]:
         ({"init_from": None}, "init_from: null will not do; it should be a valid string"),
         ({"init_from": 2}, "init_from: 2 will not do; it should be a valid string"),
         ({"dataset": 3}, "dataset: 3 will not do; it should be a valid string"),
-        ({"dataset_revision": 1.14}, "dataset_revision: 1.14 will not do; it should be a valid string"),
+        (
+            {"dataset_revision": 3.20},
+            "dataset_revision: 3.2 will not do; it is read as a number, where 3.20 is 3.2; put it in quotes, with "
+            "every digit, as '3.20'",
+        ),
         ({"n_embd": 130, "n_head": 4}, "n_embd: 130 does not divide by n_head, 4"),
         ({"min_lr": 0.2, "learning_rate": 0.1}, "min_lr: 0.2 is above learning_rate, 0.1"),
         ({"warmup_iters": 401}, "warmup_iters: 401 is above max_iters, 400; warm up for less"),

@@ -216,6 +216,15 @@ def test_an_empty_split_is_a_sentence_and_leaves_nothing() -> None:
     assert sorted(path.name for path in Path("data").iterdir()) == ["raw"]
 
 
+def test_a_single_document_is_a_sentence_that_no_parameter_is_to_blame_in() -> None:
+    shutil.rmtree(RAW)
+    write_raw(RAW, TEXTS[:1])
+    write_params(val_fraction=0.5)
+    with pytest.raises(EncoreError, match=r"^dataset: the corpus is a single document, .* split it into several files"):
+        tokenize.main()
+    assert sorted(path.name for path in Path("data").iterdir()) == ["raw"]
+
+
 def test_text_that_is_not_utf8_is_a_sentence_and_leaves_nothing() -> None:
     column = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"caf\xe9"], pa.binary()).buffers())
     pq.write_table(pa.table({"text": column}), "latin.parquet")
