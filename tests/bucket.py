@@ -31,7 +31,7 @@ class Bucket:
         self.lock = threading.Lock()
         self.received: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
-        assert Client(self.moto).put(f"/{NAME}", headers={"Host": "s3.amazonaws.com"}).status_code == 200
+        self.put("", b"")
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
         if f"Credential={USER}/" not in environ.get("HTTP_AUTHORIZATION", ""):
@@ -44,6 +44,11 @@ class Bucket:
             if environ["REQUEST_METHOD"] == "GET" and key:
                 self.count(self.served, key, len(piece))
             yield piece
+
+    def put(self, key: str, data: bytes) -> None:
+        """Places an object, as somebody else might; the bucket itself where there is no key."""
+        path = f"/{NAME}/{key}".removesuffix("/")
+        assert Client(self.moto).put(path, data=data, headers={"Host": "s3.amazonaws.com"}).status_code == 200
 
     def count(self, counter: Counter[str], key: str, size: int) -> None:
         with self.lock:

@@ -26,7 +26,7 @@ from encore import device
 from encore.distributed import ALONE, Ranks, joined
 from encore.errors import EncoreError, run_stage
 from encore.flops import Peak
-from encore.params import load_params
+from encore.params import StageParams, load_params
 from encore.trainer import Trainer
 from stages import train
 from tests.conftest import ROOT, TINY, pipeline_environment, write_page, write_tokens
@@ -200,7 +200,8 @@ def do(run: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     os.environ["ENCORE_SCRATCH"] = run.get("scratch", ".encore")
     how = {"alone": ALONE, "two": replace(ranks, shards=False), "sharded": replace(ranks, shards=True)}
     try:
-        train.train(load_params("train"), how[run["how"]])
+        page = {**load_params("train").as_dict(), **run.get("unchecked", {})}
+        train.train(StageParams("train", page), how[run["how"]])
     except EncoreError as error:
         return {"said": str(error)}
     parameters = list(Noted.made[-1].model.parameters())

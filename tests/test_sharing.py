@@ -1,5 +1,6 @@
 """The circle: one clone pushes, others pull, over an S3 server on loopback and a bare git repository on disk."""
 
+import hashlib
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ def team(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with serving(bucket) as url:
         run_dvc(first, "remote", "add", "--default", "storage", f"s3://{NAME}/encore")
         run_dvc(first, "remote", "modify", "storage", "endpointurl", url)
+        run_dvc(first, "remote", "modify", "storage", "verify", "true")
         commit(first, "where results are shared")
         git(first, "remote", "add", "origin", str(folder / "remote.git"))
         run_dvc(first, "push", **member)
@@ -143,6 +145,22 @@ def test_the_model_alone(team, tmp_path):
     assert len(files) == model["nfiles"]
     assert sum(files.values()) == model["size"]
     assert [key.replace("/", "")[-36:] for key in set(team.bucket.served) - set(files)] == [model["md5"]]
+
+
+def test_an_overwritten_object_is_not_pulled(team, tmp_path):
+    weights = team.first / "model/model.safetensors"
+    whole = weights.read_bytes()
+    digest = hashlib.md5(whole).hexdigest()
+    key = f"encore/files/md5/{digest[:2]}/{digest[2:]}"
+    clone = team.clone(tmp_path / "clone")
+    team.bucket.put(key, whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        run_dvc(clone, "pull", "model", exit_code=1, **team.member)
+    finally:
+        team.bucket.put(key, whole)
+    assert not (clone / "model/model.safetensors").exists()
+    run_dvc(clone, "pull", "model", **team.member)
+    assert file_hashes(clone / "model") == team.model
 
 
 def test_an_experiment_goes_to_a_colleague(team, tmp_path):
