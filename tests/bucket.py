@@ -48,7 +48,8 @@ class Bucket:
     def put(self, key: str, data: bytes) -> None:
         """Places an object, as somebody else might; the bucket itself where there is no key."""
         path = f"/{NAME}/{key}".removesuffix("/")
-        assert Client(self.moto).put(path, data=data, headers={"Host": "s3.amazonaws.com"}).status_code == 200
+        headers = {"Host": "s3.amazonaws.com", "Authorization": f"AWS4-HMAC-SHA256 Credential={USER}/1/us-east-1/s3/x"}
+        assert Client(self.moto).put(path, data=data, headers=headers).status_code == 200
 
     def count(self, counter: Counter[str], key: str, size: int) -> None:
         with self.lock:
