@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from ruamel.yaml import YAML
 
+from bench.token_folder import about
 from encore.batches import Ahead
 from encore.checkpoint import Saver
 from encore.device import autocast
-from encore.files import sha256_of, write_json, write_whole
+from encore.files import write_whole
 from encore.flops import flops_per_token, synchronize
 from encore.models.architectures import make_model
 from encore.optim import make_adamw
@@ -32,7 +33,7 @@ from encore.params import StageParams
 from encore.ranks import write_ranks
 from encore.records import Records
 from encore.signals import StopRequest
-from encore.token_files import MANIFEST, RANKS_FILE, SPLITS, ShardWriter, shards_as_json
+from encore.token_files import RANKS_FILE, SPLITS, ShardWriter, write_manifest
 from encore.trainer import Trainer
 from stages.train import prepare
 
@@ -66,18 +67,8 @@ def write_tokens(folder: Path, vocab_size: int) -> None:
         tokens = random.integers(0, vocab_size - 1, count).astype("<u2")
         tokens[-1] = vocab_size - 1  # the end of the one document
         writer.add(tokens, np.array([count]), np.array([4 * count]))
-        shards[split] = shards_as_json(writer.finish())
-    manifest = {
-        "dataset": "files:made-up",
-        "dataset_revision": "0" * 64,
-        "licence": None,
-        "tokenizer": "bpe",
-        "dtype": "uint16",
-        "vocab_size": vocab_size,
-        "tokenizer_sha256": sha256_of(folder / RANKS_FILE),
-        "shards": shards,
-    }
-    write_json(folder / MANIFEST, manifest)
+        shards[split] = writer.finish()
+    write_manifest(folder, vocab_size, shards, about("files:made-up", "bpe", 3_000_000))
 
 
 def make_trainer(folder: Path, sizes: dict[str, int], steps: int, compiles: bool) -> Trainer:

@@ -8,7 +8,6 @@ SCRATCH/checkpoints/FINGERPRINT/           one run (encore/runs.py)
         state.json                         the rest, with the sha256 of the two and of itself
 """
 
-import hashlib
 import json
 import os
 import re
@@ -26,8 +25,10 @@ from torch import nn
 
 from encore.distributed import ALONE, Ranks, gather
 from encore.errors import EncoreError
-from encore.files import read_json, sha256_of, whole_folder, write_json
+from encore.files import sha256_of, whole_folder
+from encore.json_files import read_sealed, write_sealed
 from encore.runs import code_sha256
+from encore.schemas import CheckpointState
 from encore.tensor_files import check_finite, save_tensors
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -89,7 +90,7 @@ class Saver:
             save_tensors(partial / MODEL, model)
             save_tensors(partial / OPTIMIZER, optimizer)
             state["sha256"] = {name: sha256_of(partial / name) for name in (MODEL, OPTIMIZER)}
-            write_json(partial / STATE, {**state, "own_sha256": _hash_state(state)})
+            write_sealed(partial / STATE, state)
         # A later one is damaged, or of a finished run that this one does anew.
         paths = list_checkpoints(self.folder)
         kept = [each for each in paths if _iteration(each) <= iteration][: self.kept]
@@ -102,7 +103,7 @@ class Checkpoint:
     """A whole checkpoint: its folder and what its state.json holds."""
 
     path: Path
-    state: dict[str, Any]
+    state: CheckpointState
 
 
 def find_resumable(folder: Path, max_iters: int) -> Checkpoint | None:
@@ -128,10 +129,10 @@ def find_newest(folder: Path, max_iters: int) -> Checkpoint | None:
     for path in list_checkpoints(folder):
         if _iteration(path) > max_iters:
             continue
-        problem = _find_damage(path)
-        if problem is None:
-            return Checkpoint(path, read_json(path / STATE))
-        print(f"encore: note: {path} is damaged ({problem}); going back to the one before", file=sys.stderr)
+        try:
+            return Checkpoint(path, _read_whole(path))
+        except (EncoreError, OSError) as damage:
+            print(f"encore: note: {path} is damaged ({damage}); going back to the one before", file=sys.stderr)
     return None
 
 
@@ -201,18 +202,10 @@ def _copies(tensors: Tensors, ranks: Ranks) -> Tensors:
     return copies
 
 
-def _hash_state(state: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _find_damage(path: Path) -> str | None:
-    try:
-        state = read_json(path / STATE)
-        if state.pop("own_sha256") != _hash_state(state):
-            return f"{STATE} has other bytes"
-        hashes = state["sha256"]
-        return next((f"{name} has other bytes" for name in hashes if sha256_of(path / name) != hashes[name]), None)
-    except (EncoreError, OSError) as error:
-        return str(error)
-    except (KeyError, TypeError, AttributeError):
-        return f"{STATE} is not what Encore writes"
+def _read_whole(path: Path) -> CheckpointState:
+    """A checkpoint's state. Raises EncoreError where it, or a file beside it, has other bytes than were written."""
+    state = read_sealed(path / STATE, CheckpointState)
+    for name, sha256 in state["sha256"].items():
+        if sha256_of(path / name) != sha256:
+            raise EncoreError(f"{name} has other bytes")
+    return state

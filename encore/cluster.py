@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from encore.documents import RAW_MANIFEST, check_files, check_raw
+from encore.documents import check_files, check_raw, read_raw_manifest
 from encore.encode import count_workers
 from encore.errors import EncoreError, run_stage
-from encore.files import read_json
 from encore.params import StageParams, load_params
 from encore.parts import PartStore, read_part
 from encore.progress import Progress
@@ -75,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def open_store(raw: Path, params: StageParams, scratch: Path) -> PartStore:
-    return PartStore(raw, read_json(raw / RAW_MANIFEST), params, scratch)
+    return PartStore(raw, read_raw_manifest(raw), params, scratch)
 
 
 def join_scheduler(address: str) -> "Client":

@@ -4,7 +4,8 @@ import json
 import re
 from typing import Any
 
-from encore.results import Results, flatten
+from encore.init_from import parse_record
+from encore.results import Results, check_lock, flatten, hash_of
 from encore.revisions import Revision, describe_commit
 
 
@@ -73,19 +74,23 @@ def differing_code(runs: list[Results]) -> list[str]:
 def provenance(run: Results, revision: Revision) -> dict[str, str]:
     """Where a run came from, a fact by its name. What only the working tree has is left out for a commit."""
     params = {param.key: param.value for param in run.params}
-    outs = {out["path"]: out["md5"] for stage in run.lock.values() for out in stage.get("outs", []) if "md5" in out}
     log, record = revision.read("training.log"), revision.read("model/encore.json")
     facts = {
         "data": f"{params['dataset']} at {params['dataset_revision']}",
-        **{f"{path} (md5 in dvc.lock)": outs[path] for path in ("data/raw", "data/tokens", "model") if path in outs},
+        **{
+            f"{path} (md5 in dvc.lock)": md5
+            for path in ("data/raw", "data/tokens", "model")
+            if (md5 := hash_of(run.lock, path))
+        },
         "device": f"{run.run['devices']} x {run.run['device']}",
         "peak": f"{run.run['peak_tflops']:.4g} TFLOP/s, {run.run['mfu_basis']}",
         "commit": describe_commit(revision),
     }
-    if log and (found := re.search(r", commit (\S+)$", log.decode(), re.M)):
+    log_text = check_lock(log, "training.log", run.lock).decode() if log else ""
+    if found := re.search(r", commit (\S+)$", log_text, re.M):
         facts["commit that training began on"] = found[1]
     if record:
-        trained = json.loads(record)
+        trained = parse_record(record, "model/encore.json", "`dvc checkout --force model` brings it back")
         facts["versions"] = ", ".join(f"{name} {number}" for name, number in trained["versions"].items())
         facts["manifest of data/tokens (sha256)"] = trained["data_sha256"]
         codes = [f"{code['sha256']} from iteration {code['from_iter']}" for code in trained["code"]]

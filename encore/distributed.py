@@ -74,6 +74,14 @@ class Ranks:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def find(self, problem: str | None) -> str | None:
+        """The first rank's problem that has one, with its machine's name where there are several ranks."""
+        if self.count == 1:
+            return problem
+        problems = [None] * self.count
+        dist.all_gather_object(problems, f"on {socket.gethostname()}: {problem}" if problem else None)
+        return next(filter(None, problems), None)
+
     def check_same(self, values: dict[str, Any]) -> None:
         """Raises EncoreError where this rank has other values, or another ENCORE_SHARD, than rank 0."""
         values = {**values, SHARD: self.shards}

@@ -5,20 +5,22 @@ or val, so neither a pass over the data nor the number of workers has a say.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from encore.errors import EncoreError
-from encore.files import read_json, sha256_of
+from encore.files import sha256_of
+from encore.json_files import read_sealed
+from encore.schemas import RanksEntry, RawFileEntry, RawManifest
 
 RAW_MANIFEST = "manifest.json"
+WAY_OUT = "`dvc checkout --force data/raw` or `dvc repro -f download` brings it back"
 READ_BYTES = 2**20
 # A row group is decoded as a whole up to this size, and one row at a time above it.
 WHOLE_GROUP_BYTES = 16_000_000
@@ -37,18 +39,23 @@ class RowGroup:
     text_bytes: int
 
 
-def check_raw(folder: Path, workers: int) -> dict[str, Any]:
+def read_raw_manifest(folder: Path) -> RawManifest:
+    """The manifest of the raw text. Raises EncoreError where it is missing or damaged."""
+    return read_sealed(folder / RAW_MANIFEST, RawManifest, WAY_OUT)
+
+
+def check_raw(folder: Path, workers: int) -> RawManifest:
     """The manifest of the raw text. Raises EncoreError naming each file that is not the one that it describes."""
-    manifest = read_json(folder / RAW_MANIFEST)
+    manifest = read_raw_manifest(folder)
     tokenizer = [manifest["tokenizer"]] if manifest["tokenizer"] else []
     check_files(folder, [*manifest["files"], *tokenizer], workers)
     return manifest
 
 
-def check_files(folder: Path, files: list[dict[str, Any]], workers: int) -> None:
+def check_files(folder: Path, files: Sequence[RawFileEntry | RanksEntry], workers: int) -> None:
     """Reads these of the manifest's files. Raises EncoreError naming each that is not the one that is described."""
 
-    def find_problem(file: dict[str, Any]) -> str | None:
+    def find_problem(file: RawFileEntry | RanksEntry) -> str | None:
         path = folder / file["name"]
         if not path.exists():
             return f"{path} is missing"
@@ -59,7 +66,7 @@ def check_files(folder: Path, files: list[dict[str, Any]], workers: int) -> None
     with ThreadPoolExecutor(workers) as pool:
         problems = list(filter(None, pool.map(find_problem, files)))
     if problems:
-        raise EncoreError("; ".join(problems) + "; `dvc checkout` or `dvc repro -f download` brings them back")
+        raise EncoreError(f"{'; '.join(problems)}; {WAY_OUT}")
 
 
 def list_row_groups(files: list[Path], text_column: str) -> list[RowGroup]:

@@ -1,5 +1,6 @@
 """model/: the trained weights in Hugging Face's format for their architecture, and the way back."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,22 +9,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from encore.errors import EncoreError
-from encore.files import read_json, sha256_of, write_json, write_whole
-from encore.init_from import CONFIG, RECORD, WEIGHTS
+from encore.files import sha256_of, write_json, write_whole
+from encore.init_from import CONFIG, RECORD, WEIGHTS, read_record
 from encore.initial_vocabulary import is_other_vocabulary
+from encore.json_files import read_json, write_sealed
 from encore.models import gpt2_hub, nanochat_hub
 from encore.models.architectures import Config, Model, make_model
 from encore.models.gpt2 import GPT2, GPT2Config
 from encore.models.nanochat import NanoChat
+from encore.schemas import HubConfig, ModelRecord
 from encore.tensor_files import check_finite, save_tensors
 from encore.token_files import RANKS_FILE
 
-HASHES = "files_sha256"  # in encore.json
+READ = (CONFIG, WEIGHTS, RANKS_FILE)  # of a model's files; the others are for other programs
 
 
 def save_model(folder: Path, model: Model, ranks: bytes, record: dict[str, Any]) -> None:
     """Fills `folder`: config.json, model.safetensors, the tokenizer's ranks, and encore.json with `record` and the
-    sha256 of these files.
+    sha256 of these files and of all that lies there already.
 
     Raises EncoreError where a weight is not finite.
     """
@@ -36,8 +39,8 @@ def save_model(folder: Path, model: Model, ranks: bytes, record: dict[str, Any])
     write_json(folder / CONFIG, config)
     save_tensors(folder / WEIGHTS, tensors)
     write_whole(folder / RANKS_FILE, ranks)
-    hashes = {name: sha256_of(folder / name) for name in (CONFIG, WEIGHTS, RANKS_FILE)}
-    write_json(folder / RECORD, {**record, HASHES: hashes})
+    hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != RECORD}
+    write_sealed(folder / RECORD, {**record, "files_sha256": hashes})
 
 
 def load_model(folder: Path) -> Model:
@@ -47,9 +50,10 @@ def load_model(folder: Path) -> Model:
     Raises EncoreError where a file is missing or is not the one that encore.json has the hash of, where the weights do
     not have the shapes that config.json says, or one is not finite.
     """
-    record = read_json(folder / RECORD) if (folder / RECORD).exists() else {"bias": True}
-    check_hashes(folder, record)
-    hub_config = read_json(folder / CONFIG)
+    record = read_record(folder)
+    if record:
+        check_hashes(folder, record)
+    hub_config = read_json(folder / CONFIG, HubConfig, "`dvc repro train` makes it, and --model names another folder")
     try:
         tensors = load_file(folder / WEIGHTS)
         check_finite(tensors, str(folder / WEIGHTS), "take other weights, or train these again")
@@ -57,7 +61,7 @@ def load_model(folder: Path) -> Model:
             nanochat = NanoChat(nanochat_hub.from_hub_config(hub_config))
             nanochat.load_state_dict(nanochat_hub.from_hub(tensors, nanochat))
             return nanochat.eval()
-        gpt2 = GPT2(gpt2_hub.from_hub_config(hub_config, record["bias"]))
+        gpt2 = GPT2(gpt2_hub.from_hub_config(hub_config, True if record is None else record["bias"]))
         gpt2.load_state_dict(gpt2_hub.from_hub(tensors, gpt2))
         return gpt2.eval()
     except FileNotFoundError:
@@ -66,12 +70,12 @@ def load_model(folder: Path) -> Model:
         raise EncoreError(f"{folder} holds no model that fits its {CONFIG} ({error}); `dvc repro -f train`") from None
 
 
-def check_hashes(folder: Path, record: dict[str, Any]) -> None:
-    """Raises EncoreError where a file of the model has other bytes than when `record` was written. Folders of
-    transformers, and of Encore before it wrote hashes, have none."""
-    hashes = record.get(HASHES, {})
-    other = [name for name in hashes if (folder / name).exists() and sha256_of(folder / name) != hashes[name]]
-    if other:
+def check_hashes(folder: Path, record: ModelRecord, names: Sequence[str] = READ) -> None:
+    """Raises EncoreError where one of these files of a model has other bytes than when `record` was written. Folders
+    of Encore before it wrote hashes have none."""
+    hashes = record.get("files_sha256", {})
+    there = [name for name in names if name in hashes and (folder / name).exists()]
+    if other := [name for name in there if sha256_of(folder / name) != hashes[name]]:
         raise EncoreError(
             f"{' and '.join(str(folder / name) for name in other)}: other bytes than {folder / RECORD} has the hash "
             "of; `dvc checkout --force` brings the model back, or `dvc repro -f train` where DVC's cache is damaged too"

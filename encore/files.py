@@ -10,8 +10,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from encore.errors import EncoreError
-
 # What NFS, CIFS, FUSE and others answer to a call that they do not have.
 NOT_ABLE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
 
@@ -46,16 +44,6 @@ def write_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
     empty cell."""
     cells = [["" if value is None else repr(value) for value in row.values()] for row in rows]
     write_whole(path, "".join("\t".join(line) + "\n" for line in [list(rows[0]), *cells]).encode())
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file. Raises EncoreError where it is missing or is not JSON."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise EncoreError(f"{path} is missing; `dvc repro` makes it") from None
-    except ValueError as error:
-        raise EncoreError(f"{path} is not valid JSON ({error}); delete it and run `dvc repro`") from None
 
 
 @contextmanager

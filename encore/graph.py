@@ -1,14 +1,16 @@
 """The pipeline as a graph: which stages feed which, and where the results that lie here came from."""
 
-import json
 import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from encore.errors import EncoreError
 from encore.files import sha256_of
 from encore.history import HISTORY
+from encore.json_files import parse_sealed
+from encore.schemas import HistoryLine
 from encore.scratch import scratch_folder
 
 BOX_WIDTH, BOX_HEIGHT = 164, 54
@@ -56,20 +58,19 @@ class Drawing:
     arrows: list[tuple[Box, Box]]
 
 
-def read_history() -> list[dict[str, Any]]:
+def read_history() -> list[HistoryLine]:
     """The lines of the history, oldest first. One that cannot be read is told of and left out."""
     path = scratch_folder() / HISTORY
     lines = []
     for number, line in enumerate(path.read_text("utf-8", "replace").splitlines() if path.exists() else [], start=1):
         try:
-            entry = json.loads(line)
-            lines.append({key: entry[key] for key in ("stage", "started", "seconds", "run", "witness", "sha256")})
-        except (KeyError, TypeError, ValueError):
+            lines.append(parse_sealed(line.encode(), HistoryLine, f"{path}, line {number}"))
+        except EncoreError:
             print(f"encore: note: {path}, line {number}, is damaged and left out", file=sys.stderr)
     return lines
 
 
-def read_stages(pipeline: dict[str, Any], history: list[dict[str, Any]]) -> list[Stage]:
+def read_stages(pipeline: dict[str, Any], history: list[HistoryLine]) -> list[Stage]:
     """The stages of dvc.yaml, in its order, with what the history says of the results in the working tree."""
     made_by = {path: name for name, stage in pipeline.items() for path in _outputs(stage)}
     stages = []
@@ -89,12 +90,12 @@ def _outputs(stage: dict[str, Any]) -> list[str]:
     return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
 
 
-def _is_here(line: dict[str, Any]) -> bool:
+def _is_here(line: HistoryLine) -> bool:
     witness = Path(line["witness"])
     return witness.is_file() and sha256_of(witness) == line["sha256"]
 
 
-def _same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _same_run(one: HistoryLine, other: HistoryLine) -> bool:
     """Whether one dvc started both. Its start is reckoned from the machine's, whose clock may have been corrected."""
     starts = [datetime.fromisoformat(line["run"]["started"]) for line in (one, other)]
     apart = abs((starts[0] - starts[1]).total_seconds())

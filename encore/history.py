@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from encore.files import sha256_of
+from encore.json_files import seal
 from encore.scratch import scratch_folder
 
 HISTORY = "history.jsonl"
@@ -38,7 +39,7 @@ def record_stage(stage: str, witness: Path, started: float) -> None:
         path = scratch_folder() / HISTORY
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab", buffering=0) as file:  # one write, so that stages which end together do not mix
-            file.write((json.dumps(line) + "\n").encode())
+            file.write((json.dumps(seal(line)) + "\n").encode())
     except (OSError, psutil.Error) as error:
         print(f"encore: note: this run is not in {HISTORY} ({error}); its results are whole", file=sys.stderr)
 

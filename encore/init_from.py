@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from encore.errors import EncoreError
+from encore.json_files import parse_json, parse_sealed
+from encore.schemas import ModelRecord
 
 SCRATCH = "scratch"
 CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "encore.json"
@@ -95,6 +97,21 @@ def find_files(folder: Path) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
+def read_record(folder: Path) -> ModelRecord | None:
+    """What Encore wrote of a model; None for a folder of another program. Raises EncoreError where it is damaged."""
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    way_out = f"bring {folder} back from where it came: where DVC keeps it, by `dvc checkout --force {folder}`"
+    return parse_record(path.read_bytes(), str(path), way_out)
+
+
+def parse_record(data: bytes, what: str, way_out: str) -> ModelRecord:
+    """As `read_record`, of bytes that messages call `what`. Records from before there were seals have none."""
+    record = parse_json(data, ModelRecord, what, way_out)
+    return parse_sealed(data, ModelRecord, what, way_out) if "own_sha256" in record else record
+
+
 def read_shape(folder: Path) -> Shape:
     """The shape of the weights in a folder. Raises EncoreError where it holds none that Encore can compute with."""
     files = find_files(folder)
@@ -115,7 +132,8 @@ def read_shape(folder: Path) -> Shape:
         if architecture != "gpt2":
             return _nanochat_shape(config)
         # Only Encore has models without biases, and says so in its record.
-        bias = json.loads((folder / RECORD).read_bytes())["bias"] if folder / RECORD in files else True
+        record = read_record(folder) if folder / RECORD in files else None
+        bias = True if record is None else record["bias"]
         return Shape("gpt2", config["n_layer"], config["n_head"], config["n_embd"], bias, config["n_positions"])
     except (KeyError, TypeError, ValueError) as error:
         raise EncoreError(

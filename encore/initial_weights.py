@@ -4,9 +4,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from encore.files import link_or_copy, sha256_of, write_json
+from encore.files import link_or_copy, sha256_of
 from encore.hub import fetch_model
 from encore.init_from import CONFIG, PUBLISHED, SCRATCH, TOKENIZERS, WEIGHTS, find_files, read_shape
+from encore.json_files import write_sealed
 
 MANIFEST = "manifest.json"
 
@@ -33,4 +34,4 @@ def fetch_initial(init_from: str, folder: Path, scratch: Path) -> None:
                 file=sys.stderr,
             )
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
-    write_json(folder / MANIFEST, {"init_from": init_from, "files": files})
+    write_sealed(folder / MANIFEST, {"init_from": init_from, "files": files})

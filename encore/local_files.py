@@ -17,8 +17,8 @@ import zstandard
 from encore.errors import EncoreError
 from encore.files import sha256_of
 from encore.patterns import find, fixed_folder
+from encore.progress import note
 from encore.raw_folder import Document
-from encore.retries import note
 from encore.threads import Threads
 
 # A parquet page, which a document must fit into, holds less than 2 GiB.

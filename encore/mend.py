@@ -15,14 +15,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from encore.errors import EncoreError, run_stage
 from encore.files import write_whole
+from encore.json_files import parse_yaml
+from encore.schemas import Lockfile
 
 RESULTS = Path("dvc.lock")
 TMP = Path(".dvc/tmp")
@@ -68,36 +67,10 @@ def is_json_object(data: bytes) -> bool:
 def is_lockfile(data: bytes) -> bool:
     """Whether this is a dvc.lock as DVC's schema has it, as far as cutting one off can break it."""
     try:
-        page = YAML(typ="safe").load(data.decode())
-    except (YAMLError, ValueError):
+        parse_yaml(data, Lockfile, "dvc.lock")
+    except EncoreError:
         return False
-    if not isinstance(page, dict) or page.get("schema") != "2.0":
-        return False
-    stages = page.get("stages", {})
-    return isinstance(stages, dict) and all(map(_is_stage, stages.values()))
-
-
-def _is_stage(stage: Any) -> bool:
-    if not isinstance(stage, dict) or not isinstance(stage.get("cmd"), str | list):
-        return False
-    files = [stage.get(key, []) for key in ("deps", "outs")]
-    pages = stage.get("params", {})
-    return (
-        all(isinstance(each, list) and all(map(_is_file, each)) for each in files)
-        and isinstance(pages, dict)
-        and all(isinstance(values, dict) for values in pages.values())
-    )
-
-
-def _is_file(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-        return False
-    md5 = entry.get("md5")
-    return (
-        (not md5 or (isinstance(md5, str | int) and len(str(md5)) >= 3))
-        and isinstance(entry.get("hash", ""), str)
-        and all(isinstance(entry.get(key, 0), int) for key in ("size", "nfiles", "isexec"))
-    )
+    return True
 
 
 def find_committed(path: Path) -> bytes | None:

@@ -5,6 +5,7 @@ shards of all parts, numbered through, are the same however many machines and th
 
     SCRATCH/tokens/FINGERPRINT/            one corpus under one set of parameters
         tokenizer.tiktoken                 the ranks that all parts are encoded with
+        learned.json                       their sha256, where they were learned from the corpus
         part-00000/                        whole or absent
             train_00000.bin  val_00000.bin
             part.json                      what lies beside it, and how the part ended
@@ -15,12 +16,11 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -28,16 +28,18 @@ from filelock import FileLock
 from encore.documents import RowGroup, list_row_groups, read_documents
 from encore.encode import RULES, Encoded, Tokens, encode_all, gather_batches, learning_texts
 from encore.errors import EncoreError
-from encore.files import link_or_copy, read_json, sha256_of, whole_folder, write_json, write_whole
+from encore.files import link_or_copy, sha256_of, whole_folder, write_whole
+from encore.json_files import read_sealed, write_sealed
 from encore.params import StageParams
-from encore.progress import Progress
+from encore.progress import Progress, note
 from encore.ranks import read_ranks, write_ranks
+from encore.schemas import LearnedRanks, PartRecord, RawManifest
 from encore.token_files import RANKS_FILE, SPLITS, Shard, ShardWriter, shard_name, shards_as_json, token_dtype
 from encore.tokenizer import train_bpe
 
 PART_TEXT_BYTES = 400_000_000  # about 90M tokens of GPT-2's
 LEARNING_BYTES = 100_000_000  # byte pairs learned from this much text do not change to speak of with more
-PART = "part.json"
+PART, LEARNED = "part.json", "learned.json"
 # A kept part is only good for the code that made it.
 CODE = ("documents", "encode", "parts", "ranks", "token_files", "tokenizer")
 
@@ -77,7 +79,7 @@ def plan_parts(groups: list[RowGroup]) -> list[list[RowGroup]]:
 class PartStore:
     """The parts of one corpus, finished and to come: the documents of the folder `raw`, which `manifest` describes."""
 
-    def __init__(self, raw: Path, manifest: dict[str, Any], params: StageParams, scratch: Path) -> None:
+    def __init__(self, raw: Path, manifest: RawManifest, params: StageParams, scratch: Path) -> None:
         self.raw, self.manifest, self.params = raw, manifest, params
         self.groups = list_row_groups([raw / file["name"] for file in manifest["files"]], params.text_column)
         self.parts = plan_parts(self.groups)
@@ -97,10 +99,26 @@ class PartStore:
         """The tokenizer's, published or learned from the corpus, which takes a while the first time."""
         params = self.params
         if params.tokenizer == "gpt2":
-            write_whole(self.ranks_path, (self.raw / self.manifest["tokenizer"]["name"]).read_bytes())
-        elif not self.ranks_path.exists():
-            write_whole(self.ranks_path, write_ranks(train_bpe(self._read_to_learn(), params.vocab_size)))
+            published = self.manifest["tokenizer"]
+            if published is None:
+                raise EncoreError(f"{self.raw} has no published tokenizer; `dvc repro -f download` brings it")
+            write_whole(self.ranks_path, (self.raw / published["name"]).read_bytes())
+        elif not self._has_learned():
+            learned = write_ranks(train_bpe(self._read_to_learn(), params.vocab_size))
+            write_whole(self.ranks_path, learned)
+            write_sealed(self.folder / LEARNED, {"sha256": hashlib.sha256(learned).hexdigest()})
         return read_ranks(self.ranks_path)
+
+    def _has_learned(self) -> bool:
+        """Whether the ranks that were learned from this corpus are there, as they were written."""
+        if not (self.ranks_path.exists() and (self.folder / LEARNED).exists()):
+            return False
+        with suppress(EncoreError):
+            record = read_sealed(self.folder / LEARNED, LearnedRanks)
+            if record["sha256"] == sha256_of(self.ranks_path):
+                return True
+        note(f"{self.ranks_path} is damaged; the vocabulary is learned anew")
+        return False
 
     def _read_to_learn(self) -> Iterator[str]:
         """The text that the vocabulary is learned from; tells how far that is."""
@@ -133,14 +151,14 @@ class PartStore:
     def bring(self, index: int, most_tokens: int | None, workers: int, on_tokens: Callable[[int], None]) -> EncodedPart:
         """The part up to the first training document that ends at or behind `most_tokens`, encoded if it is not there.
 
-        on_tokens: is told of train tokens as they are written. None as `most_tokens`: all of the part. Raises
-        EncoreError where the part that is there has other ranks than the store.
+        on_tokens: is told of train tokens as they are written. None as `most_tokens`: all of the part. One that is
+        damaged is encoded anew. Raises EncoreError where the part that is there has other ranks than the store.
         """
         folder = self.part_folder(index)
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / f"{folder.name}.lock"):  # another machine may be at it
-            if self.is_finished(index):
-                found = read_part(folder)
+            found = _try_to_read(folder) if self.is_finished(index) else None
+            if found:
                 if found.tokenizer_sha256 != self.tokenizer_sha256:
                     raise EncoreError(
                         f"{folder} was encoded with another tokenizer than {self.ranks_path} holds; "
@@ -184,14 +202,23 @@ class PartStore:
             "remarks": {rule: counts[rule] for rule in RULES},
             "tokenizer_sha256": self.tokenizer_sha256,
         }
-        write_json(folder / PART, record)
+        write_sealed(folder / PART, record)
 
 
 def read_part(folder: Path) -> EncodedPart:
     """A finished part."""
-    record = read_json(folder / PART)
+    record = read_sealed(folder / PART, PartRecord, f"delete {folder} and run again")
     shards = {split: [Shard(**entry) for entry in record["shards"][split]] for split in SPLITS}
     return EncodedPart(folder, shards, record["stopped_at"], record["remarks"], record["tokenizer_sha256"])
+
+
+def _try_to_read(folder: Path) -> EncodedPart | None:
+    """A finished part; None, with a note, where its record is damaged."""
+    try:
+        return read_part(folder)
+    except EncoreError:
+        note(f"{folder / PART} is damaged; the part is encoded anew")
+        return None
 
 
 def merge(parts: list[EncodedPart], folder: Path) -> dict[str, list[Shard]]:
@@ -206,7 +233,7 @@ def merge(parts: list[EncodedPart], folder: Path) -> dict[str, list[Shard]]:
     return merged
 
 
-def fingerprint(manifest: dict[str, Any], params: StageParams) -> str:
+def fingerprint(manifest: RawManifest, params: StageParams) -> str:
     """16 hex digits for what the parts depend on: text, parameters other than the cap, and code."""
     texts = [file["sha256"] for file in manifest["files"]]
     keys = ("text_column", "tokenizer", "vocab_size", "val_fraction", "split_seed")

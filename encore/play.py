@@ -20,9 +20,8 @@ import tiktoken
 import torch
 
 from encore.errors import EncoreError, run_stage
-from encore.export import RECORD
-from encore.files import read_json
 from encore.generate import encode_prompt, generate_with_scores, note_of_cut, open_model
+from encore.init_from import read_record
 from encore.local_only import HOSTS, LocalOnly
 from encore.markup import as_html, as_markdown_code
 from encore.models.architectures import Model
@@ -68,8 +67,8 @@ def model_facts(folder: Path, model: Model) -> str:
         f"{config.block_size:,} tokens of context",
         f"{config.vocab_size:,} ids",
     ]
-    record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
-    if data := record.get("data"):
+    record = read_record(folder)
+    if record and (data := record.get("data")):
         dataset, revision = (as_markdown_code(str(data[key])) for key in ("dataset", "dataset_revision"))
         facts.append(f"trained on {dataset} at {revision}")
     return f"{as_markdown_code(str(folder))}: " + " · ".join(facts)

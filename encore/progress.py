@@ -15,6 +15,12 @@ def print_line(line: str) -> None:
         print(line, flush=True)
 
 
+def note(text: str) -> None:
+    """Prints a line on standard error without tearing a bar that stands there."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        print(f"encore: note: {text}", file=sys.stderr, flush=True)
+
+
 class Progress:
     """Counts up to `total` units of `unit`; a context manager that takes its bar away at the end.
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from encore.errors import EncoreError
 from encore.files import sha256_of
 from encore.progress import Progress
 from encore.ranks import read_ranks
+from encore.schemas import TokenManifest
 from encore.token_files import MANIFEST, RANKS_FILE, SPLITS, Shard, read_manifest, shard_name
 
 PIECE_TOKENS = 2**17
@@ -233,7 +233,7 @@ def compare_text(folder: Path, shards: list[Shard], counts: dict[str, ShardCount
     return problems
 
 
-def read_tokenizer(folder: Path, manifest: dict[str, Any]) -> tuple[dict[bytes, int], list[str]]:
+def read_tokenizer(folder: Path, manifest: TokenManifest) -> tuple[dict[bytes, int], list[str]]:
     """The ranks of the folder's tokenizer; or none, and a sentence, where it is not the one of the manifest."""
     path, vocab_size = folder / RANKS_FILE, manifest["vocab_size"]
     if not path.is_file() or sha256_of(path) != manifest["tokenizer_sha256"]:
@@ -244,7 +244,7 @@ def read_tokenizer(folder: Path, manifest: dict[str, Any]) -> tuple[dict[bytes, 
     return ranks, []
 
 
-def check_manifest(manifest: dict[str, Any], shards: dict[str, list[Shard]], token_cap: int) -> list[str]:
+def check_manifest(manifest: TokenManifest, shards: dict[str, list[Shard]], token_cap: int) -> list[str]:
     """A sentence for each thing that the manifest says against itself or against `token_cap`."""
     problems = []
     for split, of_split in shards.items():

@@ -16,6 +16,7 @@ from encore.figures import figures, tables
 from encore.files import write_whole
 from encore.results import Results, flatten, load_results, read_yaml
 from encore.revisions import WORKSPACE, Revision, find_revision
+from encore.schemas import Pipeline
 from encore.summary import summary_rows
 from encore.vega import vega_script
 
@@ -67,7 +68,7 @@ def about_one(run: Results, revision: Revision) -> dict[str, Any]:
     """What the page of a single run has more. The history knows of the working tree only."""
     stages = []
     if revision.commit is None:
-        stages = graph.read_stages(read_yaml(revision, "dvc.yaml")["stages"], graph.read_history())
+        stages = graph.read_stages(read_yaml(revision, "dvc.yaml", Pipeline)["stages"], graph.read_history())
     return {
         "evaluation": flatten(run.metrics["metrics/eval.json"]),
         "stages": stages,

@@ -1,21 +1,25 @@
 """What a run left to read: its parameters, metrics, curves and samples, from the working tree or from a commit."""
 
-import json
+import hashlib
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from ruamel.yaml import YAML
 
 from encore.errors import EncoreError
+from encore.json_files import parse_json, parse_yaml
 from encore.revisions import Revision
+from encore.schemas import EvalMetrics, LockedStage, Lockfile, Metrics, Pipeline, RunMetrics
 
 METRICS = ("metrics/metrics.json", "metrics/eval.json", "metrics/tokens.json")
 CURVES = ("train", "eval", "speed")
 POSITION = "metrics/position.tsv"
 SAMPLES = "metrics/samples.md"
 Row = dict[str, Any]
+WAY_OUT = "`dvc repro` makes it"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,17 +44,17 @@ class Results:
 
     name: str
     params: list[Param]
-    metrics: dict[str, dict[str, Any]]
+    metrics: dict[str, Any]
     curves: dict[str, list[Row]]
     positions: list[Row]
     samples: list[tuple[str, str]] | None
     edited: list[str]
-    lock: dict[str, Any]
+    lock: dict[str, LockedStage]
 
     @property
     def run(self) -> dict[str, Any]:
         """metrics.json."""
-        return self.metrics[METRICS[0]]
+        return dict(self.metrics[METRICS[0]])
 
     @property
     def evaluation(self) -> dict[str, Any]:
@@ -60,27 +64,33 @@ class Results:
     @property
     def tokens(self) -> dict[str, Any]:
         """tokens.json."""
-        return self.metrics[METRICS[2]]
+        return dict(self.metrics[METRICS[2]])
 
 
 def load_results(revision: Revision) -> Results:
-    """Reads all of a run. Raises EncoreError where a file is missing: the run has not ended, or never began."""
-    metrics = {path: json.loads(_need(revision, path)) for path in METRICS}
-    curves = {name: read_tsv(_need(revision, f"metrics/{name}.tsv")) for name in CURVES}
-    run = metrics[METRICS[0]]
+    """Reads all of a run. Raises EncoreError where a file is missing, since the run has not ended or never began, or is
+    not the one that dvc.lock has the hash of."""
+    lock = read_yaml(revision, "dvc.lock", Lockfile).get("stages", {})
+
+    def read(path: str) -> bytes:
+        return check_lock(_need(revision, path), path, lock)
+
+    metrics = {path: parse_json(read(path), Metrics, path, WAY_OUT) for path in METRICS}
+    run = parse_json(read(METRICS[0]), RunMetrics, METRICS[0], WAY_OUT)
+    parse_json(read(METRICS[1]), EvalMetrics, METRICS[1], WAY_OUT)
+    curves = {name: read_tsv(read(f"metrics/{name}.tsv")) for name in CURVES}
     add_clocks(curves, tokens_per_iter=run["tokens_seen"] // run["iter"])
     position = revision.read(POSITION)
     samples = revision.read_output(SAMPLES)
-    lock = read_yaml(revision, "dvc.lock")["stages"]
     page = read_params(_need(revision, "params.yaml").decode())
-    used = params_used(lock, read_yaml(revision, "dvc.yaml")["stages"])
+    used = params_used(lock, read_yaml(revision, "dvc.yaml", Pipeline)["stages"])
     return Results(
         name=revision.name,
         params=[Param(param.key, used.get(param.key, param.value), param.meaning, param.group) for param in page],
         metrics=metrics,
         curves=curves,
-        positions=read_tsv(position) if position else [],
-        samples=None if samples is None else split_samples(samples.decode()),
+        positions=read_tsv(check_lock(position, POSITION, lock)) if position else [],
+        samples=None if samples is None else split_samples(check_lock(samples, SAMPLES, lock).decode()),
         edited=[param.key for param in page if used.get(param.key, param.value) != param.value],
         lock=lock,
     )
@@ -94,9 +104,20 @@ def _need(revision: Revision, path: str) -> bytes:
     return data
 
 
-def read_yaml(revision: Revision, path: str) -> Any:
-    """A YAML file, as DVC reads it. Raises EncoreError where it is missing."""
-    return YAML(typ="safe", pure=True).load(_need(revision, path).decode())
+def read_yaml(revision: Revision, path: str, schema: type[T]) -> T:
+    """A YAML file of DVC's. Raises EncoreError where it is missing or is none."""
+    return parse_yaml(_need(revision, path), schema, path, f"`git restore {path}` brings it back")
+
+
+def check_lock(data: bytes, path: str, lock: dict[str, LockedStage]) -> bytes:
+    """The content of an output. Raises EncoreError where dvc.lock has the hash of another one."""
+    locked = hash_of(lock, path)
+    if locked and hashlib.md5(data).hexdigest() != locked:
+        raise EncoreError(
+            f"{path} is not the one that dvc.lock has the hash of, so the run has not ended, or the file was changed "
+            "afterwards; `dvc repro` makes both anew, `git restore` brings back what was committed"
+        )
+    return data
 
 
 def read_tsv(data: bytes) -> list[Row]:
@@ -140,7 +161,7 @@ def _last_comment(lines: str) -> str:
     return comments[-1] if comments else ""
 
 
-def params_used(lock: dict[str, Any], stages: dict[str, Any]) -> dict[str, Any]:
+def params_used(lock: dict[str, LockedStage], stages: dict[str, Any]) -> dict[str, Any]:
     """The values that dvc.lock has for the stages which list their keys; check_params, which has all, runs first
     and says nothing about the results."""
     named = [lock[stage] for stage in stages if stage in lock and "params.yaml:" not in _entries(stages[stage])]
@@ -166,7 +187,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def hash_of(lock: dict[str, Any], path: str) -> str | None:
+def hash_of(lock: dict[str, LockedStage], path: str) -> str | None:
     """The md5 under which DVC keeps an output."""
     outs = [out for stage in lock.values() for out in stage.get("outs", []) if out["path"] == path]
-    return str(outs[0]["md5"]) if outs else None
+    return str(outs[0]["md5"]) if outs and "md5" in outs[0] else None

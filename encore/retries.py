@@ -5,7 +5,6 @@ of the status of an answer or the name of an exception.
 """
 
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +13,7 @@ from email.utils import parsedate_to_datetime
 from importlib import import_module
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
+from encore.progress import note
 from encore.threads import Stopped
 
 TRIES = 6  # without a new byte between them
@@ -40,12 +38,6 @@ class TransferError(Exception):
     def __init__(self, what: str, trouble: Trouble) -> None:
         super().__init__(f"{what}: {trouble.reason}")
         self.what, self.trouble = what, trouble
-
-
-def note(text: str) -> None:
-    """Prints a line on standard error without tearing a bar that stands there."""
-    with tqdm.external_write_mode(file=sys.stderr):
-        print(f"encore: note: {text}", file=sys.stderr, flush=True)
 
 
 def persist(what: str, attempt: Callable[[], Result | Trouble], stopping: threading.Event) -> Result:

@@ -15,7 +15,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from encore.errors import EncoreError
-from encore.files import read_json, remove_leftovers, sha256_of, write_json
+from encore.files import remove_leftovers, sha256_of, write_json
+from encore.json_files import read_json
+from encore.schemas import RunIdentity
 
 IDENTITY = "run.json"
 # Where to stop and what to keep: they change no step on the way.
@@ -44,8 +46,8 @@ def find_other_schedule(folder: Path, identity: dict[str, Any]) -> Path | None:
     """
     for path in sorted(folder.parent.glob(f"*/{IDENTITY}")):
         try:
-            other = dict(read_json(path))
-        except (EncoreError, TypeError, ValueError):  # a stranger's, damaged
+            other = read_json(path, RunIdentity)
+        except EncoreError:  # a stranger's, damaged
             continue
         if path.parent != folder and {**other, "lr_decay_iters": None} == {**identity, "lr_decay_iters": None}:
             return path.parent

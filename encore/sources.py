@@ -29,8 +29,9 @@ from encore.local_files import (
     read_text,
 )
 from encore.params import SOURCE
+from encore.progress import note
 from encore.raw_folder import Document, RawFolder, gather_row_groups, read_footer
-from encore.retries import TransferError, note
+from encore.retries import TransferError
 
 GPT2_RANKS_FILE = "r50k_base.tiktoken"
 GPT2_RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"

@@ -1,17 +1,21 @@
 """What `make repro` ends with: the run in a table, a sample of what the model writes, and where to look next."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from encore.errors import run_stage
-from encore.files import read_json
+from encore.json_files import read_json
+from encore.schemas import EvalMetrics, RunMetrics
 
 METRICS = Path("metrics")
 SAMPLE_LINES = 24
+WAY_OUT = "`dvc repro` makes it"
 
 
 def main() -> None:
-    print_table(summary_rows(read_json(METRICS / "metrics.json"), read_json(METRICS / "eval.json")["eval"]))
+    run = read_json(METRICS / "metrics.json", RunMetrics, WAY_OUT)
+    print_table(summary_rows(run, read_json(METRICS / "eval.json", EvalMetrics, WAY_OUT)["eval"]))
     print("\n" + first_sample((METRICS / "samples.md").read_text(encoding="utf-8")))
     print(
         "\nModel: model/    More samples: metrics/samples.md    Log: training.log"
@@ -21,7 +25,7 @@ def main() -> None:
     )
 
 
-def summary_rows(run: dict[str, Any], evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+def summary_rows(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and formatted values."""
     basis = f"of {run['peak_tflops']:.4g} TFLOP/s, {run['mfu_basis']}"
     return [

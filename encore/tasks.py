@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from encore.errors import EncoreError, run_stage
-from encore.files import read_json, write_json
+from encore.files import sha256_of, write_json
+from encore.json_files import read_json, read_sealed, write_sealed
+from encore.schemas import TasksManifest
+from encore.verified import check_files
 
 MANIFEST = "manifest.json"
+WAY_OUT = "`dvc checkout --force data/tasks` or `dvc repro -f download` brings it back"
 BATCH_SIZE = 16
 BOOTSTRAP_SAMPLES = 1000  # for the standard errors that have no formula, perplexity's
 SETTINGS = {
@@ -40,7 +44,10 @@ def fetch_tasks(names: list[str], folder: Path) -> None:
         for path in [*folder.rglob("*.lock"), *folder.rglob("cache-*.arrow")]:  # of the process that is done
             path.unlink()
     # A task is what its version of lm-eval makes of it.
-    write_json(folder / MANIFEST, {"tasks": names, "lm_eval": version("lm_eval") if names else None})
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+    lm_eval = version("lm_eval") if names else None
+    write_sealed(folder / MANIFEST, {"tasks": names, "lm_eval": lm_eval, "files": files})
 
 
 def run_tasks(names: list[str], folder: Path, model: Path) -> dict[str, dict[str, float]]:
@@ -48,18 +55,20 @@ def run_tasks(names: list[str], folder: Path, model: Path) -> dict[str, dict[str
 
     Raises EncoreError where the data is of other tasks or lm-eval is missing or fails.
     """
-    missing = set(names) - set(read_json(folder / MANIFEST)["tasks"])
+    manifest = read_sealed(folder / MANIFEST, TasksManifest, WAY_OUT)
+    missing = set(names) - set(manifest["tasks"])
     if missing:
         raise EncoreError(f"{folder} lacks the data of {', '.join(sorted(missing))}; `dvc repro download` brings it")
     if not names:
         return {}
+    check_files(folder, manifest["files"], WAY_OUT)
     _check_installed(names)
     with tempfile.TemporaryDirectory() as place:
         # A copy: `datasets` writes locks and what it derives beside its files, and an output of DVC must stay as it is.
         data, results = Path(place, "data"), Path(place, "results.json")
         shutil.copytree(folder, data)
         _run(["run", str(model), str(results), *names], HF_DATASETS_CACHE=str(data), HF_HUB_OFFLINE="1")
-        return read_json(results)
+        return read_json(results, dict[str, dict[str, float]])
 
 
 def _check_installed(names: list[str]) -> None:

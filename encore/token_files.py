@@ -4,6 +4,7 @@
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 import numpy as np
 
 from encore.errors import EncoreError
-from encore.files import read_json, sha256_of
+from encore.files import sha256_of
+from encore.json_files import read_sealed, write_sealed
+from encore.schemas import TokenManifest
 
 SHARD_TOKENS = 100_000_000
 MANIFEST = "manifest.json"
 RANKS_FILE = "tokenizer.tiktoken"  # the tokenizer, see encore/tokenizer.py
 SPLITS = ("train", "val")
+WAY_OUT = "`dvc checkout --force data/tokens` or `dvc repro -f tokenize` brings it back"
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,15 @@ def shards_as_json(shards: list[Shard]) -> list[dict[str, Any]]:
     return [asdict(shard) for shard in shards]
 
 
+def write_manifest(folder: Path, vocab_size: int, shards: dict[str, list[Shard]], about: dict[str, Any]) -> None:
+    """Describes a token folder that is complete but for this. about: the keys of TokenManifest that the bytes do not
+    tell."""
+    own = {"dtype": token_dtype(vocab_size).name, "vocab_size": vocab_size}
+    tokenizer = {"tokenizer_sha256": sha256_of(folder / RANKS_FILE)}
+    described = {"shards": {split: shards_as_json(of_split) for split, of_split in shards.items()}}
+    write_sealed(folder / MANIFEST, {**about, **own, **tokenizer, **described})
+
+
 class TokenSplit:
     """One split of a token folder, read by memory map as one long row of tokens.
 
@@ -130,7 +143,7 @@ class TokenSplit:
         self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         problems = [problem for shard in self.shards if (problem := self._size_problem(shard))]
         if problems:
-            raise EncoreError("; ".join(problems) + "; `dvc checkout` or `dvc repro -f tokenize` brings them back")
+            raise EncoreError(f"{'; '.join(problems)}; {WAY_OUT}")
         self._maps = [np.memmap(folder / shard.name, dtype=self.dtype, mode="r") for shard in self.shards]
         self._starts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
         self.tokens = int(self._starts[-1])
@@ -157,15 +170,29 @@ class TokenSplit:
         return None
 
 
+def token_hashes(folder: Path, splits: Sequence[str] = SPLITS) -> dict[Path, str]:
+    """The sha256 that the manifest has of each shard of these splits, and of the tokenizer."""
+    manifest = read_manifest(folder)
+    shards = [shard for split in splits for shard in manifest["shards"][split]]
+    tokenizer = {folder / RANKS_FILE: manifest["tokenizer_sha256"]}
+    return tokenizer | {folder / shard["name"]: shard["sha256"] for shard in shards}
+
+
+def read_ranks_file(folder: Path) -> bytes:
+    """The bytes of the folder's tokenizer. Raises EncoreError where they are not those that made the tokens."""
+    path = folder / RANKS_FILE
+    data = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != read_manifest(folder)["tokenizer_sha256"]:
+        raise EncoreError(f"{path} is not the tokenizer that made the tokens; {WAY_OUT}")
+    return data
+
+
 def manifest_sha256(folder: Path) -> str:
     """A hash that stands for all of the folder, since the manifest holds the hashes of the rest."""
     read_manifest(folder)
     return sha256_of(folder / MANIFEST)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> TokenManifest:
     """The token folder's manifest. Raises EncoreError where it is missing or not one of ours."""
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or not {"dtype", "shards", "vocab_size", "tokenizer_sha256"} <= manifest.keys():
-        raise EncoreError(f"{folder / MANIFEST} is not a manifest of token shards; `dvc repro -f tokenize` rewrites it")
-    return manifest
+    return read_sealed(folder / MANIFEST, TokenManifest, WAY_OUT)

@@ -24,6 +24,7 @@ from encore.records import Records
 from encore.runs import code_sha256
 from encore.schedule import get_lr
 from encore.signals import StopRequest
+from encore.verified import Verification
 
 
 class Trainer:
@@ -38,10 +39,11 @@ class Trainer:
         hardware: Hardware,
         records: Records,
         checkpoints: Path,
+        data: Verification,
         ranks: Ranks = ALONE,
     ) -> None:
         self.params, self.model, self.train, self.val = params, model, train, val
-        self.hardware, self.records, self.checkpoints = hardware, records, checkpoints
+        self.hardware, self.records, self.checkpoints, self.data = hardware, records, checkpoints, data
         self.device, self.dtype = hardware.device, hardware.dtype
         self.ranks = ranks
         self.parallel = ranks.wrap(model)
@@ -52,6 +54,7 @@ class Trainer:
         self.tokens_per_step = self.windows_per_step * params.block_size
         self.batches = Ahead(train, self.my_windows, params.batch_size, pinned=self.device.type == "cuda")
         self.iter = 0
+        self._verified = False  # whether the data is what its manifest says
         self.saver = Saver(checkpoints, params.keep_checkpoints, ranks)
         self.code = [{"from_iter": 0, "sha256": code_sha256()}]
         self._last_step: dict[str, float | None] = {}  # loss, learning rate, norm of the gradient
@@ -101,6 +104,7 @@ class Trainer:
                         message = f"{name}: saved at iteration {self.iter} of {params.max_iters}; "
                         message += "run the same command to go on from there"
                         raise Interrupted(stopped_by, message if self.ranks.is_first else "")
+                self.check_data()
                 self.end_curves()
         finally:
             self.saver.finish()
@@ -216,8 +220,17 @@ class Trainer:
         self.records.log_eval({"iter": self.iter, **losses})
         self.records.publish()
 
+    def check_data(self) -> None:
+        """Waits until the token shards are hashed, on every machine. Raises EncoreError on all ranks where one has
+        other bytes than the manifest says."""
+        if not self._verified:
+            if problem := self.ranks.find(self.data.wait()):
+                raise EncoreError(problem)
+            self._verified = True
+
     def save(self) -> None:
         """Begins to write a checkpoint of everything that the rest of the run depends on."""
+        self.check_data()
         state = {
             "scaler": self.scaler.state_dict(),
             "code": self.code,

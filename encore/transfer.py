@@ -14,8 +14,8 @@ from typing import Any
 
 from encore.errors import EncoreError
 from encore.files import sha256_of
-from encore.progress import Progress
-from encore.retries import Patience, Trouble, note, persist, trouble_of, try_once
+from encore.progress import Progress, note
+from encore.retries import Patience, Trouble, persist, trouble_of, try_once
 from encore.threads import Stopped, Threads
 
 FILES_AT_ONCE = 8

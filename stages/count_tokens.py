@@ -3,7 +3,6 @@
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from encore.files import write_json
 from encore.history import record_stage
 from encore.params import load_params
 from encore.recount import SplitCount, recount
+from encore.schemas import TokenManifest
 from encore.token_files import read_manifest
 from stages import STARTED
 
@@ -56,7 +56,7 @@ def describe(split: str, count: SplitCount) -> dict[str, int | float]:
     }
 
 
-def explain_shortfall(train: SplitCount, token_cap: int, manifest: dict[str, Any]) -> str:
+def explain_shortfall(train: SplitCount, token_cap: int, manifest: TokenManifest) -> str:
     """Why there are fewer tokens than token_cap, by how much, and what to set."""
     missing = token_cap - train.tokens
     by_how_much = f"{missing:,} tokens ({missing / token_cap:.1%}) before token_cap"

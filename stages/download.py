@@ -11,9 +11,10 @@ from types import FrameType
 
 from encore.copies import check_copied
 from encore.errors import Interrupted, run_stage
-from encore.files import sha256_of, whole_folder, write_json
+from encore.files import sha256_of, whole_folder
 from encore.history import record_stage
 from encore.initial_weights import fetch_initial
+from encore.json_files import write_sealed
 from encore.params import load_params
 from encore.scratch import scratch_folder
 from encore.sources import Wanted, fetch, fetch_gpt2_ranks
@@ -47,7 +48,7 @@ def main() -> None:
             ranks = fetch_gpt2_ranks(folder, scratch_folder())
             tokenizer = {"name": ranks.name, "sha256": sha256_of(ranks)}
         raw = fetch(params.dataset, params.dataset_revision, wanted, folder, scratch_folder())
-        write_json(
+        write_sealed(
             folder / MANIFEST,
             {
                 "dataset": params.dataset,

@@ -22,8 +22,9 @@ from encore.models.architectures import Model
 from encore.params import StageParams, load_params
 from encore.progress import Progress
 from encore.tasks import run_tasks
-from encore.token_files import RANKS_FILE, TokenSplit
+from encore.token_files import RANKS_FILE, WAY_OUT, TokenSplit, token_hashes
 from encore.tokenizer import load_tokenizer
+from encore.verified import Verification
 from stages import STARTED
 
 TOKENS = Path("data/tokens")
@@ -50,6 +51,7 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
     device = find_device()
     set_up_numerics(device)
     model = load_model(MODEL).to(device)
+    verification = Verification(token_hashes(TOKENS, ["val"]) if ranks.is_first else {}, WAY_OUT)
     val = Windows(TokenSplit(TOKENS, "val"), model.config.block_size, "val")
 
     started = time.perf_counter()
@@ -60,6 +62,7 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
     seconds = time.perf_counter() - started
     if not ranks.is_first:
         return
+    verification.check()
 
     if not math.isfinite(split_loss.loss):
         raise EncoreError(

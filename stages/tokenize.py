@@ -9,13 +9,13 @@ from pathlib import Path
 from encore.documents import check_raw
 from encore.encode import RULES, count_workers
 from encore.errors import EncoreError, run_stage
-from encore.files import sha256_of, whole_folder, write_json, write_whole
+from encore.files import whole_folder, write_whole
 from encore.history import record_stage
 from encore.params import StageParams, load_params
 from encore.parts import EncodedPart, PartStore, merge
 from encore.progress import Progress
 from encore.scratch import scratch_folder
-from encore.token_files import MANIFEST, RANKS_FILE, Shard, shards_as_json, token_dtype
+from encore.token_files import MANIFEST, RANKS_FILE, Shard, write_manifest
 from stages import STARTED
 
 RAW = Path("data/raw")
@@ -34,24 +34,18 @@ def main() -> None:
         write_whole(folder / RANKS_FILE, store.ranks_path.read_bytes())
         shards = merge(parts, folder)
         check_splits(shards, params)
-        write_json(
-            folder / MANIFEST,
-            {
-                "dataset": raw["dataset"],
-                "dataset_revision": raw["dataset_revision"],
-                "licence": raw["licence"],
-                "dtype": token_dtype(store.vocab_size).name,
-                "vocab_size": store.vocab_size,
-                "tokenizer": params.tokenizer,
-                "tokenizer_sha256": sha256_of(folder / RANKS_FILE),
-                "token_cap": params.token_cap,
-                "cap_reached": parts[-1].stopped_at is not None,
-                "whole_source": raw["whole_source"],
-                "text_bytes_per_token": raw["text_bytes_per_token"],
-                **{rule: sum(part.remarks[rule] for part in parts) for rule in RULES},
-                "shards": {split: shards_as_json(of_split) for split, of_split in shards.items()},
-            },
-        )
+        about = {
+            "dataset": raw["dataset"],
+            "dataset_revision": raw["dataset_revision"],
+            "licence": raw["licence"],
+            "tokenizer": params.tokenizer,
+            "token_cap": params.token_cap,
+            "cap_reached": parts[-1].stopped_at is not None,
+            "whole_source": raw["whole_source"],
+            "text_bytes_per_token": raw["text_bytes_per_token"],
+            **{rule: sum(part.remarks[rule] for part in parts) for rule in RULES},
+        }
+        write_manifest(folder, store.vocab_size, shards, about)
     for split, of_split in shards.items():
         tokens, documents = (sum(getattr(shard, what) for shard in of_split) for what in ("tokens", "documents"))
         print(f"{split}: {tokens:,} tokens of {documents:,} documents in {len(of_split)} shards")

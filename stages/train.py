@@ -19,10 +19,11 @@ from encore.disk import check_room
 from encore.distributed import ALONE, SHARD, Ranks, joined
 from encore.errors import EncoreError, run_stage
 from encore.export import load_initial, save_model
-from encore.files import read_json, sha256_of, whole_folder, write_json
+from encore.files import sha256_of, whole_folder, write_json
 from encore.history import record_stage
 from encore.hub_tokenizer import save_hub_tokenizer
 from encore.init_from import RECORD, SCRATCH
+from encore.json_files import read_sealed
 from encore.launch import run_under_torchrun, torchrun_arguments
 from encore.model_card import write_card
 from encore.models.architectures import Model, make_config, make_model
@@ -30,10 +31,19 @@ from encore.optim import describe_groups
 from encore.params import StageParams, load_params
 from encore.ranks import read_ranks
 from encore.records import Records
+from encore.schemas import InitManifest
 from encore.scratch import scratch_folder
 from encore.signals import StopRequest
-from encore.token_files import RANKS_FILE, TokenSplit, manifest_sha256
+from encore.token_files import (
+    RANKS_FILE,
+    WAY_OUT,
+    TokenSplit,
+    manifest_sha256,
+    read_ranks_file,
+    token_hashes,
+)
 from encore.trainer import Trainer
+from encore.verified import Verification, check_files
 from encore.wandb_run import start_wandb
 from stages import STARTED
 
@@ -42,6 +52,7 @@ INIT = Path("data/init")
 MODEL = Path("model")
 METRICS = Path("metrics")
 LOG = Path("training.log")
+INIT_WAY_OUT = "`dvc checkout --force data/init` or `dvc repro -f download` brings it back"
 
 
 def main() -> None:
@@ -80,7 +91,7 @@ def hash_inputs(params: StageParams) -> dict[str, str | None]:
     """The hashes of the manifests of data/tokens and, where training does not start from scratch, data/init."""
     init_sha256 = None
     if params.init_from != SCRATCH:
-        read_json(INIT / "manifest.json")  # which says so where it is missing
+        read_sealed(INIT / "manifest.json", InitManifest, INIT_WAY_OUT)  # which says so where it is missing
         init_sha256 = sha256_of(INIT / "manifest.json")
     return {"data_sha256": manifest_sha256(TOKENS), "init_sha256": init_sha256}
 
@@ -127,7 +138,8 @@ def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Tra
     if params.init_from == SCRATCH:
         model = make_model(config)
     else:
-        model = load_initial(INIT, config, (TOKENS / RANKS_FILE).read_bytes())
+        check_files(INIT, read_sealed(INIT / "manifest.json", InitManifest, INIT_WAY_OUT)["files"], INIT_WAY_OUT)
+        model = load_initial(INIT, config, read_ranks_file(TOKENS))
     model.to(hardware.device)
 
     found = find_resumable(checkpoints, params.max_iters) if ranks.is_first else None
@@ -137,7 +149,10 @@ def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Tra
         described = {**params.as_dict(), **hash_inputs(params), **about}
         wandb_run = start_wandb(described, run_id=found.state["wandb_id"] if found else None)
     records = Records(METRICS, LOG, wandb_run, writes=ranks.is_first)
-    trainer = Trainer(params, model, train, val, hardware, records, checkpoints, ranks)
+    # Once on each machine; the ranks there read the same files.
+    hashes = token_hashes(TOKENS) if ranks.local_rank == 0 else {}
+    verification = Verification(hashes, WAY_OUT)
+    trainer = Trainer(params, model, train, val, hardware, records, checkpoints, verification, ranks)
     trainer.check_compiled()
     if ranks.from_first(found is not None):
         trainer.resume(found)
@@ -178,8 +193,8 @@ def write_results(trainer: Trainer, model: Model) -> None:
     }
     summary = summarize(trainer)
     with whole_folder(MODEL) as folder:
-        save_model(folder, model, (TOKENS / RANKS_FILE).read_bytes(), record)
         save_hub_tokenizer(folder, read_ranks(TOKENS / RANKS_FILE), model.config.block_size)
+        save_model(folder, model, read_ranks_file(TOKENS), record)
         write_card(folder, record, summary)
     write_json(METRICS / "metrics.json", summary)
     records.finish(summary)

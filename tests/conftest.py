@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from encore.files import sha256_of, write_json, write_whole
+from encore.files import write_whole
 from encore.params import StageParams
 from encore.ranks import write_ranks
-from encore.token_files import MANIFEST, RANKS_FILE, SPLITS, ShardWriter, shards_as_json, token_dtype
+from encore.token_files import RANKS_FILE, SPLITS, ShardWriter, token_dtype, write_manifest
+from tests.token_folders import ABOUT
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "presets" / "gpt2-sympy.yaml"  # what tests change a few values of
@@ -91,25 +92,8 @@ def write_tokens(folder: Path, train: np.ndarray, val: np.ndarray, vocab_size: i
     for split, tokens in zip(SPLITS, (train, val), strict=True):
         writer = ShardWriter(folder, split, dtype, shard_tokens)
         writer.add(tokens.astype(dtype), np.array([len(tokens)]), np.array([3 * len(tokens)]))
-        shards[split] = shards_as_json(writer.finish())
-    manifest = {
-        "dataset": "package:made-up",
-        "dataset_revision": "1.0",
-        "licence": "MIT",
-        "dtype": dtype.name,
-        "vocab_size": vocab_size,
-        "tokenizer": "bpe",
-        "tokenizer_sha256": sha256_of(folder / RANKS_FILE),
-        "token_cap": len(train),
-        "cap_reached": True,
-        "whole_source": True,
-        "text_bytes_per_token": 4.5,
-        "empty_documents": 0,
-        "documents_with_end_of_text": 0,
-        "cut_documents": 0,
-        "shards": shards,
-    }
-    write_json(folder / MANIFEST, manifest)
+        shards[split] = writer.finish()
+    write_manifest(folder, vocab_size, shards, {**ABOUT, "token_cap": len(train), "whole_source": True})
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from encore.parts import EncodedPart
 from encore.token_files import SPLITS, ShardWriter
 from encore.tokenizer import END_OF_TEXT
 from tests.conftest import ROOT, write_page
+from tests.sealed import with_seal
 
 SEED, VAL_FRACTION, VOCAB_SIZE = 2357, 0.2, 300
 PLENTY = 10**12
@@ -47,13 +48,28 @@ def write_raw(
         path = folder / f"{len(files):05d}-text.parquet"
         write_parquet(path, texts[start : start + file_size], row_group_size)
         data = path.read_bytes()
-        files.append({"name": path.name, "bytes": len(data), "sha256": sha256(data).hexdigest()})
+        documents = len(texts[start : start + file_size])
+        digest = sha256(data).hexdigest()
+        files.append(
+            {"name": path.name, "source": path.name, "bytes": len(data), "sha256": digest, "documents": documents}
+        )
     tokenizer = None
     if ranks is not None:
         (folder / "published.tiktoken").write_bytes(ranks)
         tokenizer = {"name": "published.tiktoken", "sha256": sha256(ranks).hexdigest()}
     source = {"dataset": "package:made-up", "dataset_revision": "1.0", "licence": "MIT"}
-    manifest = {**source, "whole_source": True, "text_bytes_per_token": 6.0, "files": files, "tokenizer": tokenizer}
+    manifest = {
+        **source,
+        "text_column": "text",
+        "source_files": len(files),
+        "whole_source": True,
+        "text_bytes": sum(len((text or "").encode()) for text in texts),
+        "text_bytes_per_token": 6.0,
+        "repaired_documents": 0,
+        "files": files,
+        "tokenizer": tokenizer,
+    }
+    manifest = with_seal(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return manifest
 

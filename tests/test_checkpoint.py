@@ -26,6 +26,7 @@ def _no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
+ANOTHER = "a" * 64  # no code's hash
 SIZES = {"vocab_size": 70, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": True}
 
 
@@ -349,7 +350,7 @@ def test_a_crash_while_saving_leaves_the_earlier_ones_and_nothing_new(tmp_path, 
         return maybe
 
     monkeypatch.setattr(checkpoint, "save_tensors", crash(checkpoint.save_tensors))
-    monkeypatch.setattr(checkpoint, "write_json", crash(checkpoint.write_json))
+    monkeypatch.setattr(checkpoint, "write_sealed", crash(checkpoint.write_sealed))
     with pytest.raises(OSError, match="disk on fire"):
         save_all(Saver(tmp_path, 2), [3], run)
     assert bytes_in(tmp_path) == before
@@ -367,7 +368,7 @@ def test_what_a_killed_process_left_half_written_is_not_seen_and_goes_with_the_n
 
 
 def test_going_on_under_other_code_takes_a_word_from_the_environment(tmp_path, monkeypatch):
-    save_some(tmp_path, [1, 2], code="another")
+    save_some(tmp_path, [1, 2], code=ANOTHER)
     sentence = f"^{tmp_path} holds iteration 2 of 10, made by other code than today's; set {OTHER_CODE}=1 to go on"
     for word in (None, "0", ""):
         if word is not None:
@@ -379,7 +380,7 @@ def test_going_on_under_other_code_takes_a_word_from_the_environment(tmp_path, m
 
 
 def test_the_code_that_counts_is_the_last_that_a_run_went_on_under(tmp_path, trained):
-    history = [{"from_iter": 0, "sha256": "another"}, {"from_iter": 1, "sha256": code_sha256()}]
+    history = [{"from_iter": 0, "sha256": ANOTHER}, {"from_iter": 1, "sha256": code_sha256()}]
     save_all(Saver(tmp_path, 2), [2], trained, {"code": history})
     assert find_resumable(tmp_path, 10).state["iter"] == 2
     save_all(Saver(tmp_path, 2), [3], trained, {"code": history[::-1]})
@@ -388,7 +389,7 @@ def test_the_code_that_counts_is_the_last_that_a_run_went_on_under(tmp_path, tra
 
 
 def test_a_run_that_other_code_finished_starts_anew_and_its_new_checkpoints_stay(tmp_path):
-    save_some(tmp_path, [5, 10], code="another")
+    save_some(tmp_path, [5, 10], code=ANOTHER)
     assert find_resumable(tmp_path, 10) is None
     save_some(tmp_path, [2, 4])
     assert find_resumable(tmp_path, 10).state["iter"] == 4

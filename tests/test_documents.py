@@ -14,6 +14,7 @@ from encore import documents
 from encore.documents import check_raw, is_val, list_row_groups, read_documents
 from encore.errors import EncoreError
 from tests.raw_text import write_parquet, write_raw
+from tests.sealed import with_seal
 
 SEED = 2357
 ODD_TEXTS = [None, "", "ünïcödé 中文 👩‍👩‍👧", "\x00\x01"]
@@ -217,13 +218,14 @@ def test_raw_text_is_compared_with_its_manifest_and_every_bad_file_is_named(tmp_
     assert str(error.value) == (
         f"{paths[1]} is missing; {paths[2]} has other bytes than {folder}/manifest.json says; "
         f"{paths[4]} has other bytes than {folder}/manifest.json says; "
-        "`dvc checkout` or `dvc repro -f download` brings them back"
+        "`dvc checkout --force data/raw` or `dvc repro -f download` brings it back"
     )
 
 
 def test_a_published_tokenizer_with_other_bytes_is_refused(tmp_path: Path) -> None:
     manifest = write_raw(tmp_path / "raw", ["a document"])
     manifest["tokenizer"] = {"name": "ranks.tiktoken", "sha256": sha256(b"as published").hexdigest()}
+    manifest = with_seal(manifest)
     (tmp_path / "raw/manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "raw/ranks.tiktoken").write_bytes(b"as published")
     assert check_raw(tmp_path / "raw", 1) == manifest

@@ -18,6 +18,7 @@ from encore.errors import EncoreError
 from encore.raw_folder import RawFile, RawFolder
 from encore.sources import Wanted
 from stages import download
+from tests.sealed import read_with_seal, without_seal
 
 ROOT = Path(__file__).parents[1]
 PIPELINE = """
@@ -68,7 +69,16 @@ def test_files_and_manifest(repository: Path, capsys: pytest.CaptureFixture[str]
     download.main()
     manifest = json.loads(Path("data/raw/manifest.json").read_bytes())
     told = ["source_files", "whole_source", "text_bytes", "text_bytes_per_token", "repaired_documents"]
-    assert list(manifest) == ["dataset", "dataset_revision", "licence", "text_column", *told, "files", "tokenizer"]
+    assert list(manifest) == [
+        "dataset",
+        "dataset_revision",
+        "licence",
+        "text_column",
+        *told,
+        "files",
+        "tokenizer",
+        "own_sha256",
+    ]
     assert manifest["dataset"] == "files:corpus/*"
     assert manifest["dataset_revision"] == corpus_hash()
     assert manifest["licence"] is None
@@ -95,7 +105,7 @@ def test_files_and_manifest(repository: Path, capsys: pytest.CaptureFixture[str]
     megabytes = sum(map(len, contents)) / 1e6
     assert capsys.readouterr().out == f"files:corpus/*: 2 files, 3 documents, {megabytes:.1f} MB in data/raw\n"
     assert [path.name for path in Path("data/init").iterdir()] == ["manifest.json"]
-    assert json.loads(Path("data/init/manifest.json").read_bytes()) == {"init_from": "scratch", "files": {}}
+    assert read_with_seal(Path("data/init/manifest.json").read_bytes()) == {"init_from": "scratch", "files": {}}
     assert {path.name: path.read_text() for path in Path("data/tasks").iterdir()} == {
         "manifest.json": '{\n  "tasks": [],\n  "lm_eval": null\n}\n'
     }
@@ -168,7 +178,7 @@ def test_weights_come_to_data_init(repository: Path) -> None:
     download.main()
     manifest = json.loads(Path("data/init/manifest.json").read_bytes())
     files = hashes(Path("weights"))
-    assert manifest == {"init_from": "./weights/", "files": files}
+    assert without_seal(manifest) == {"init_from": "./weights/", "files": files}
     assert hashes(Path("data/init")) == {**files, "manifest.json": sha256(Path("data/init/manifest.json").read_bytes())}
     assert len(list(Path("data/raw").iterdir())) == 3
 

@@ -90,7 +90,8 @@ def test_the_files_hold_what_they_should(exported):
     assert (folder / RANKS_FILE).read_bytes() == b"ranks"
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (CONFIG, WEIGHTS, RANKS_FILE)}
     record = {"bias": model.config.bias, "params": {"n_layer": 2}, "iter": 7, "files_sha256": hashes}
-    assert json.loads((folder / RECORD).read_text()) == record
+    own = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    assert json.loads((folder / RECORD).read_text()) == {**record, "own_sha256": own}
     tensors = load_file(folder / WEIGHTS)
     assert tensors["transformer.wte.weight"].shape == (301, 32)
     assert tensors["transformer.h.0.mlp.c_fc.weight"].shape == (32, 128)
@@ -147,22 +148,23 @@ def test_weights_of_other_shapes_than_the_config_says_are_refused(exported, chan
 def forget_hashes(folder):
     """As Encore wrote encore.json before it had them."""
     record = json.loads((folder / RECORD).read_text())
-    del record["files_sha256"]
+    del record["files_sha256"], record["own_sha256"]
     (folder / RECORD).write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, RANKS_FILE])
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, RANKS_FILE, RECORD])
 def test_any_flipped_bit_is_refused(exported, name):
     _, folder = exported
     whole = (folder / name).read_bytes()
+    sentence = f"^{folder / name}: other bytes than {folder / RECORD} has the hash of; "
+    if name == RECORD:
+        sentence = f"^{folder / RECORD} (has other bytes than Encore wrote|is not)"
     random = np.random.default_rng(0)
     for place, bit in zip(random.integers(len(whole), size=30), random.integers(8, size=30), strict=True):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << bit
         (folder / name).write_bytes(flipped)
-        with pytest.raises(
-            EncoreError, match=f"^{folder / name}: other bytes than {folder / RECORD} has the hash of; "
-        ):
+        with pytest.raises(EncoreError, match=sentence):
             load_model(folder)
     (folder / name).write_bytes(whole)
     load_model(folder)

@@ -131,13 +131,18 @@ def test_what_encore_and_transformers_write_is_computed_alike(weights: Path) -> 
         ("config.json", "[]", "TypeError.*"),
         ("config.json", '{"model_type": "gpt', "JSONDecodeError.*"),
         ("encore.json", "{}", r"KeyError\('bias'\)"),
-        ("encore.json", '{"bias": tr', "JSONDecodeError.*"),
     ],
 )
 def test_a_folder_that_does_not_say_what_it_holds_is_refused(weights: Path, name: str, text: str, told: str) -> None:
     (weights / name).write_text(text)
     sentence = rf"^init_from: weights does not say which {NAMES} it holds \({told}\); name one that Encore"
     with pytest.raises(EncoreError, match=sentence):
+        read_shape(weights)
+
+
+def test_a_damaged_record_is_named(weights: Path) -> None:
+    (weights / "encore.json").write_text('{"bias": tr')
+    with pytest.raises(EncoreError, match=r"^weights/encore\.json is not valid JSON .*; bring weights back from where"):
         read_shape(weights)
 
 

@@ -17,6 +17,7 @@ from encore.init_from import PUBLISHED
 from encore.initial_weights import fetch_initial
 from tests.conftest import SMALL, run_dvc, write_page
 from tests.hub import ALWAYS, COMMIT, REPOSITORY, Fault, Hub, connected, serving
+from tests.sealed import read_with_seal
 from tests.text_sources import sha256
 
 SECRET = "hf_SeCrEtToKeN"
@@ -47,7 +48,7 @@ def fetch(folder: Path, init_from: str = "gpt2") -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """All files but the manifest, whose hashes are compared."""
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    manifest = json.loads(files.pop("manifest.json"))
+    manifest = read_with_seal(files.pop("manifest.json"))
     assert manifest["files"] == {name: sha256(content) for name, content in files.items()}
     return files
 
@@ -55,7 +56,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_scratch_is_a_manifest_alone(fetch_folder: Path) -> None:
     fetch_initial("scratch", fetch_folder, Path("scratch"))
     assert [path.name for path in fetch_folder.iterdir()] == ["manifest.json"]
-    assert json.loads((fetch_folder / "manifest.json").read_bytes()) == {"init_from": "scratch", "files": {}}
+    assert read_with_seal((fetch_folder / "manifest.json").read_bytes()) == {"init_from": "scratch", "files": {}}
     assert not Path("scratch").exists()
 
 

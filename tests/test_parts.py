@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tests.raw_text import (
     total,
     write_raw,
 )
+from tests.sealed import change_sealed
 
 # Empty ones, some with the end-of-text token's name, some of several batches.
 TEXTS = [
@@ -143,7 +145,12 @@ def test_a_part_says_what_lies_beside_it_and_how_it_ended(make_store: Callable[.
         assert part.stopped_at == most_tokens
         assert sum(told) == part.train_tokens == total([part], "train", "tokens")
         assert len(told) > 2
-    assert {path.name for path in store.folder.iterdir()} == {"part-00000", "part-00000.lock", "tokenizer.tiktoken"}
+    assert {path.name for path in store.folder.iterdir()} == {
+        "part-00000",
+        "part-00000.lock",
+        "tokenizer.tiktoken",
+        "learned.json",
+    }
     assert [store.is_finished(index) for index in range(3)] == [True, False, False]
 
 
@@ -272,13 +279,40 @@ def test_parts_of_another_tokenizer_are_not_mixed_with_these(make_store: Callabl
     """Should a disk or another machine have changed the ranks that lie beside them."""
     store = make_store()
     store.bring(0, None, 1, ignore)
-    store.ranks_path.write_bytes(write_ranks(train_bpe(["quite another corpus, with other pairs"] * 2, 270)))
+    other = write_ranks(train_bpe(["quite another corpus, with other pairs"] * 2, 270))
+    store.ranks_path.write_bytes(other)
+    change_sealed(store.folder / "learned.json", sha256=sha256(other).hexdigest())
     with pytest.raises(EncoreError) as error:
         bring_all(make_store(), PLENTY)
     assert str(error.value) == (
         f"{store.folder}/part-00000 was encoded with another tokenizer than {store.ranks_path} holds; "
         f"delete {store.folder} and run again"
     )
+
+
+@pytest.mark.parametrize("name", ["tokenizer.tiktoken", "learned.json"])
+def test_a_damaged_vocabulary_is_learned_anew(
+    make_store: Callable[..., PartStore], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    expected = make_store().ranks
+    path = make_store().folder / name
+    data = path.read_bytes()
+    path.write_bytes(data[:20] + bytes([data[20] ^ 1]) + data[21:])
+    store = make_store()
+    assert store.ranks == expected
+    assert capsys.readouterr().err == f"encore: note: {store.ranks_path} is damaged; the vocabulary is learned anew\n"
+    assert make_store().ranks == expected
+    assert capsys.readouterr().err == ""
+
+
+def test_a_part_whose_record_is_damaged_is_encoded_anew(
+    make_store: Callable[..., PartStore], capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = bring_all(make_store(), PLENTY)
+    path = expected[1].folder / "part.json"
+    path.write_text(path.read_text().replace('"documents": ', '"documents": 1', 1))
+    assert bring_all(make_store(), PLENTY) == expected
+    assert capsys.readouterr().err == f"encore: note: {path} is damaged; the part is encoded anew\n"
 
 
 def test_parts_are_kept_by_what_they_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,8 +341,8 @@ def test_parts_are_kept_by_what_they_depend_on(tmp_path: Path, monkeypatch: pyte
 
 
 def test_all_code_that_has_a_say_in_the_tokens_is_named() -> None:
-    """What parts.py imports, and what that imports; these four have no say."""
-    silent = {"errors", "files", "params", "progress"}
+    """What parts.py imports, and what that imports; these six have no say."""
+    silent = {"errors", "files", "json_files", "params", "progress", "schemas"}
     found, ahead = set(silent), {"parts"}
     while ahead:
         name = ahead.pop()

@@ -13,6 +13,7 @@ import pytest
 from encore import recount
 from encore.errors import EncoreError
 from encore.ranks import write_ranks
+from tests.sealed import change_sealed
 from tests.token_folders import Documents, make_documents, make_ranks, write_token_folder
 
 SHARD = 50
@@ -112,8 +113,7 @@ def test_every_shard_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def edit_manifest(folder: Path, **changes: Any) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    change_sealed(folder / "manifest.json", **changes)
 
 
 def edit_shard(folder: Path, split: str, number: int, **changes: int) -> None:
@@ -277,5 +277,5 @@ def test_all_disagreements_are_told_at_once(folder: Path, threads: int) -> None:
 
 
 def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
-    with pytest.raises(EncoreError, match=r"manifest\.json is missing; `dvc repro` makes it"):
+    with pytest.raises(EncoreError, match=r"manifest\.json is missing; `dvc checkout --force data/tokens`"):
         recount.recount(tmp_path, TOKENS, threads=1)

@@ -159,13 +159,13 @@ def test_a_run_that_fails_waits_for_the_checkpoint_that_is_being_written(make_tr
 @pytest.mark.parametrize("kept", [1, 3])
 def test_there_are_never_more_checkpoints_than_are_kept_and_the_one_being_written(make_trainer, monkeypatch, kept):
     trainer = make_trainer("run", checkpoint_interval=1, keep_checkpoints=kept)
-    write, counts = checkpoint.write_json, []
+    write, counts = checkpoint.write_sealed, []
 
     def count_and_write(path, value):
         counts.append(len(list(trainer.checkpoints.iterdir())))
         write(path, value)
 
-    monkeypatch.setattr(checkpoint, "write_json", count_and_write)
+    monkeypatch.setattr(checkpoint, "write_sealed", count_and_write)
     run(trainer)
     assert counts == [min(number, kept + 1) for number in (1, 2, 3, 4, 5, 6)]
     left = [f"iter-{number:07d}" for number in (1, 2, 3, 4, 5, 6)][-kept:]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from encore.tasks import fetch_tasks, run_tasks
 from encore.token_files import RANKS_FILE
 from encore.tokenizer import load_tokenizer
 from tests.conftest import run_dvc
+from tests.sealed import read_with_seal
 from tests.task_hub import make_rows, serving_tasks
 from tests.test_pipeline import stages_run
 
@@ -67,8 +69,11 @@ def test_hellaswag_is_fetched_once_and_evaluated_without_a_network(tmp_path, mod
         assert any(path.endswith("data/validation-00000-of-00001.parquet") for path in asked)
     kept = {path.relative_to(data): path.read_bytes() for path in data.rglob("*") if path.is_file()}
     assert {path.suffix for path in kept} == {".arrow", ".json"}
-    manifest = json.loads((data / "manifest.json").read_text())
-    assert manifest == {"tasks": ["hellaswag"], "lm_eval": metadata.version("lm_eval")}
+    manifest = read_with_seal((data / "manifest.json").read_text())
+    paths = [path for path in sorted(data.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    files = {str(path.relative_to(data)): sha256(path.read_bytes()).hexdigest() for path in paths}
+    assert len(files) > 2
+    assert manifest == {"tasks": ["hellaswag"], "lm_eval": metadata.version("lm_eval"), "files": files}
 
     result = run_tasks(["hellaswag"], data, folder)  # nobody listens at that address any more
     acc, acc_norm = share_right(model, load_tokenizer(folder / RANKS_FILE), rows)
@@ -83,7 +88,8 @@ def test_hellaswag_is_fetched_once_and_evaluated_without_a_network(tmp_path, mod
 def test_no_tasks_need_no_lm_eval(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     fetch_tasks([], tmp_path)
-    assert json.loads((tmp_path / "manifest.json").read_text()) == {"tasks": [], "lm_eval": None}
+    expected = {"tasks": [], "lm_eval": None, "files": {}}
+    assert read_with_seal((tmp_path / "manifest.json").read_text()) == expected
 
 
 def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch):

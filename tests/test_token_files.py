@@ -18,6 +18,8 @@ from encore.token_files import (
     shards_as_json,
     token_dtype,
 )
+from tests.sealed import write_with_seal
+from tests.token_folders import ABOUT
 
 END = 299
 
@@ -131,8 +133,8 @@ def split_folder(tmp_path: Path) -> tuple[Path, np.ndarray]:
     """40 documents in shards of 37 tokens, and all tokens in one array."""
     documents, text_bytes = make_documents([1 + number * 7 % 19 for number in range(40)])
     shards = write_split(tmp_path, documents, text_bytes, 6, 37)
-    manifest = {"dtype": "uint16", "vocab_size": 300, "tokenizer_sha256": "0" * 64}
-    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "shards": {"train": shards_as_json(shards)}}))
+    manifest = {**ABOUT, "dtype": "uint16", "vocab_size": 300, "tokenizer_sha256": "0" * 64}
+    write_with_seal(tmp_path / MANIFEST, {**manifest, "shards": {"train": shards_as_json(shards)}})
     return tmp_path, np.concatenate(documents)
 
 
@@ -156,9 +158,8 @@ def test_four_byte_tokens_are_read_as_such(tmp_path: Path) -> None:
     ids = np.array([1, 70_000, 100_000], "<u4")
     writer = ShardWriter(tmp_path, "val", np.dtype("<u4"), 2)
     writer.add(ids, np.array([3]), np.array([9]))
-    manifest = {"dtype": "uint32", "vocab_size": 100_001, "tokenizer_sha256": "", "shards": {}}
-    manifest["shards"]["val"] = shards_as_json(writer.finish())
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    manifest = {**ABOUT, "dtype": "uint32", "vocab_size": 100_001, "tokenizer_sha256": "0" * 64}
+    write_with_seal(tmp_path / MANIFEST, {**manifest, "shards": {"val": shards_as_json(writer.finish())}})
     assert TokenSplit(tmp_path, "val").read(0, 3).tolist() == ids.tolist()
 
 
@@ -170,20 +171,26 @@ def test_missing_and_cut_shards_are_named_all_at_once(split_folder: tuple[Path, 
         TokenSplit(folder, "train")
     assert str(error.value) == (
         f"{folder}/train_00001.bin is missing; {folder}/train_00003.bin has 5 bytes and the manifest says 74; "
-        "`dvc checkout` or `dvc repro -f tokenize` brings them back"
+        "`dvc checkout --force data/tokens` or `dvc repro -f tokenize` brings it back"
     )
 
 
 def test_no_manifest_and_a_foreign_one(tmp_path: Path) -> None:
-    with pytest.raises(EncoreError, match=r"manifest\.json is missing; `dvc repro` makes it"):
+    way_out = "; `dvc checkout --force data/tokens` or `dvc repro -f tokenize` brings it back"
+    with pytest.raises(EncoreError) as error:
         TokenSplit(tmp_path, "train")
-    for foreign in ({"files": []}, [1], None, {"dtype": "uint16", "shards": {}, "vocab_size": 3}):
+    assert str(error.value) == f"{tmp_path / MANIFEST} is missing{way_out}"
+    for foreign in ([1], None, {"files": []}, {"dtype": "uint16", "shards": {}, "vocab_size": 3}):
         (tmp_path / MANIFEST).write_text(json.dumps(foreign))
         with pytest.raises(EncoreError) as error:
             read_manifest(tmp_path)
-        assert str(error.value) == (
-            f"{tmp_path / MANIFEST} is not a manifest of token shards; `dvc repro -f tokenize` rewrites it"
-        )
+        problem = "has other bytes than Encore wrote (its own_sha256 differs)"
+        assert str(error.value) == f"{tmp_path / MANIFEST} {problem}{way_out}"
+    write_with_seal(tmp_path / MANIFEST, {"files": []})
+    with pytest.raises(EncoreError) as error:
+        read_manifest(tmp_path)
+    problem = "is not what belongs there (dataset: Field required)"
+    assert str(error.value) == f"{tmp_path / MANIFEST} {problem}{way_out}"
 
 
 def test_the_manifests_entries_make_the_same_shards_again() -> None:

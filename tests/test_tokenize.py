@@ -37,6 +37,7 @@ from tests.raw_text import (
     write_params,
     write_raw,
 )
+from tests.sealed import change_sealed, read_with_seal, write_with_seal
 
 RAW, TOKENS = Path("data/raw"), Path("data/tokens")
 TEXTS = [
@@ -75,7 +76,7 @@ def test_shards_and_manifest_are_those_of_a_plain_loop(
 ) -> None:
     monkeypatch.setattr(parts, "PART_TEXT_BYTES", part_text_bytes)
     folder = run()
-    manifest = json.loads(folder["manifest.json"])
+    manifest = read_with_seal(folder["manifest.json"])
     corpus = expected(2500)
     assert min(len(corpus.numbers["val"]), *corpus.remarks.values()) > 3, "the corpus has something of everything"
     output = capsys.readouterr().out
@@ -139,8 +140,7 @@ def test_the_cap_is_met_at_the_first_end_of_a_document_at_or_behind_it(differenc
 
 
 def test_what_the_raw_text_is_goes_into_the_manifest() -> None:
-    manifest = json.loads((RAW / "manifest.json").read_text())
-    (RAW / "manifest.json").write_text(json.dumps({**manifest, "whole_source": False, "text_bytes_per_token": 4.488}))
+    change_sealed(RAW / "manifest.json", whole_source=False, text_bytes_per_token=4.488)
     written = json.loads(run()["manifest.json"])
     assert (written["whole_source"], written["text_bytes_per_token"]) == (False, 4.488)
 
@@ -232,7 +232,7 @@ def test_text_that_is_not_utf8_is_a_sentence_and_leaves_nothing() -> None:
     path = RAW / "00001-text.parquet"
     shutil.copy("latin.parquet", path)
     manifest["files"][1].update(bytes=path.stat().st_size, sha256=sha256(path.read_bytes()).hexdigest())
-    (RAW / "manifest.json").write_text(json.dumps(manifest))
+    write_with_seal(RAW / "manifest.json", manifest)
     write_params(token_cap=PLENTY)
     problem = r"^data/raw/00001-text\.parquet, row 1 is not UTF-8 \(byte 3\); mend the file where it comes from$"
     with pytest.raises(EncoreError, match=problem):
@@ -251,7 +251,8 @@ def test_scratch_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_missing_download_is_a_sentence() -> None:
     shutil.rmtree(RAW)
-    with pytest.raises(EncoreError, match=r"^data/raw/manifest\.json is missing; `dvc repro` makes it$"):
+    sentence = r"^data/raw/manifest\.json is missing; `dvc checkout --force data/raw` or `dvc repro -f download` "
+    with pytest.raises(EncoreError, match=sentence):
         tokenize.main()
 
 
@@ -284,12 +285,14 @@ def test_real_prose_is_encoded_as_tiktoken_does_document_by_document(monkeypatch
     listed = []
     for file in files:
         (RAW / file.name).symlink_to(file.absolute())
-        listed.append({"name": file.name, "bytes": file.stat().st_size, "sha256": sha256_of(file)})
+        entry = {"name": file.name, "source": file.name, "bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        listed.append({**entry, "documents": 0})
     (RAW / "ranks").write_bytes(write_ranks(published._mergeable_ranks))
     tokenizer = {"name": "ranks", "sha256": sha256_of(RAW / "ranks")}
-    manifest = {"whole_source": True, "text_bytes_per_token": 4.5, "files": listed}
+    manifest = {"whole_source": True, "text_bytes_per_token": 4.5, "files": listed, "text_column": "text"}
+    manifest |= {"source_files": len(listed), "text_bytes": 0, "repaired_documents": 0}
     manifest |= {"tokenizer": tokenizer, "dataset": "files:english", "dataset_revision": "0" * 64, "licence": None}
-    (RAW / "manifest.json").write_text(json.dumps(manifest))
+    write_with_seal(RAW / "manifest.json", manifest)
     monkeypatch.setattr(encode, "BATCH_BYTES", 20_000)
     monkeypatch.setattr(parts, "PART_TEXT_BYTES", 10**7)
     monkeypatch.delenv("ENCORE_WORKERS")

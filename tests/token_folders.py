@@ -1,14 +1,28 @@
 """A token folder made by plain loops over lists, and what a recount of it must find."""
 
 import hashlib
-import json
 import random
 from pathlib import Path
 from typing import Any
 
 from encore.ranks import write_ranks
+from tests.sealed import write_with_seal
 
 Documents = list[list[int]]
+# What a manifest says beside what the bytes tell.
+ABOUT = {
+    "dataset": "package:made-up",
+    "dataset_revision": "1.0",
+    "licence": "MIT",
+    "tokenizer": "bpe",
+    "token_cap": 1000,
+    "cap_reached": True,
+    "whole_source": False,
+    "text_bytes_per_token": 4.5,
+    "empty_documents": 0,
+    "documents_with_end_of_text": 0,
+    "cut_documents": 0,
+}
 
 
 def make_ranks(vocab_size: int) -> dict[bytes, int]:
@@ -53,20 +67,11 @@ def write_token_folder(
             shards[split].append({**entry, "sha256": hashlib.sha256(data).hexdigest()})
     tokens = sum(map(len, train))
     manifest = {
-        "dataset": "package:made-up",
-        "dataset_revision": "1.0",
-        "licence": "MIT",
+        **ABOUT,
         "dtype": dtype,
         "vocab_size": vocab_size,
-        "tokenizer": "bpe",
         "tokenizer_sha256": hashlib.sha256((folder / "tokenizer.tiktoken").read_bytes()).hexdigest(),
         "token_cap": tokens,
-        "cap_reached": True,
-        "whole_source": False,
-        "text_bytes_per_token": 4.5,
-        "empty_documents": 0,
-        "documents_with_end_of_text": 0,
-        "cut_documents": 0,
         "shards": shards,
     }
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    write_with_seal(folder / "manifest.json", {**manifest, **changes})

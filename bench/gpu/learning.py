@@ -10,9 +10,10 @@ import numpy as np
 
 from bench.gpu.pages import Page, gpt2, make_tokens, nanochat, nanochat_plus, print_head, print_row
 from bench.gpu.step import Job
-from encore.files import read_json, sha256_of, write_json, write_whole
+from bench.token_folder import about
+from encore.files import write_whole
 from encore.ranks import write_ranks
-from encore.token_files import MANIFEST, RANKS_FILE, SPLITS, ShardWriter, shards_as_json
+from encore.token_files import MANIFEST, RANKS_FILE, SPLITS, ShardWriter, read_manifest, write_manifest
 
 ITERATIONS, TINY_ITERATIONS, BATCH_SIZE = 720, 36, 16
 RATES = (6e-4, 1e-3, 2e-3)
@@ -57,7 +58,7 @@ def find_text(folder: Path) -> Path:
         return folder
     if not (TOKENS / MANIFEST).exists():
         raise SystemExit(f"bench: no text: set {TEXT} to a folder of parquet files with a column `text`")
-    if read_json(TOKENS / MANIFEST)["vocab_size"] < 50_257:
+    if read_manifest(TOKENS)["vocab_size"] < 50_257:
         print(f"The tokens of {TOKENS} are not in GPT-2's ids: losses do not compare with others'.\n")
     return TOKENS.resolve()
 
@@ -83,15 +84,10 @@ def encode_folder(texts: Path, folder: Path) -> None:
         text_bytes = np.array([len(documents[i].encode()) for i in numbers[mine]])
         writer = ShardWriter(folder, split, np.dtype("<u2"))
         writer.add(np.concatenate(parts), np.array([len(part) for part in parts]), text_bytes)
-        shards[split] = shards_as_json(writer.finish())
-    manifest = {
-        "dataset": "files:english",
-        "dataset_revision": "0" * 64,
-        "licence": None,
-        "tokenizer": "gpt2",
-        "dtype": "uint16",
-        "vocab_size": tokenizer.n_vocab,
-        "tokenizer_sha256": sha256_of(folder / RANKS_FILE),
-        "shards": shards,
-    }
-    write_json(folder / MANIFEST, manifest)
+        shards[split] = writer.finish()
+    write_manifest(
+        folder,
+        tokenizer.n_vocab,
+        shards,
+        about("files:english", "gpt2", sum(shard.tokens for shard in shards["train"])),
+    )

@@ -3,6 +3,7 @@
 It keeps linear weights as (in, out), the transpose of torch's, always has biases, and has no padding of the vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def to_hub(model: GPT2) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def from_hub_config(config: dict[str, Any], bias: bool) -> GPT2Config:
+def from_hub_config(config: Mapping[str, Any], bias: bool) -> GPT2Config:
     """The shape that transformers' configuration gives; it does not say whether there are biases. Raises KeyError."""
     return GPT2Config(
         vocab_size=config["vocab_size"],

@@ -5,6 +5,7 @@ nanochat-plus is no model of transformers'. It has the same files under a `model
 refuses instead of leaving out what it does not know.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def to_hub(model: NanoChat) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def from_hub_config(config: dict[str, Any]) -> NanoChatConfig:
+def from_hub_config(config: Mapping[str, Any]) -> NanoChatConfig:
     """The shape that transformers' configuration gives. Raises KeyError."""
     return NanoChatConfig(
         vocab_size=config["vocab_size"],

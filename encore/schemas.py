@@ -1,0 +1,293 @@
+"""What is in the JSON files that Encore reads, and in DVC's YAML: encore/json_files.py compares them with this.
+
+EXACTLY: files of Encore's own. AT_LEAST: those of others, and those whose every value is not told here.
+"""
+
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import AfterValidator, ConfigDict, Field, with_config
+from typing_extensions import TypedDict  # the standard library's serves pydantic from Python 3.12 on
+
+EXACTLY = ConfigDict(extra="forbid", strict=True)
+AT_LEAST = ConfigDict(extra="allow", strict=True)
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern="^[^/]+$")]  # of a file that lies beside
+
+
+def _check_md5(md5: str | int | None) -> str | int | None:
+    if md5 and len(str(md5)) < 3:
+        raise ValueError("too short for a hash")
+    return md5
+
+
+@with_config(EXACTLY)
+class RawFileEntry(TypedDict):
+    """As encore.raw_folder.RawFile."""
+
+    name: Name
+    source: str
+    bytes: Count
+    sha256: Sha256
+    documents: Count
+
+
+@with_config(EXACTLY)
+class RanksEntry(TypedDict):
+    """A published tokenizer."""
+
+    name: Name
+    sha256: Sha256
+
+
+@with_config(EXACTLY)
+class RawManifest(TypedDict):
+    """data/raw/manifest.json."""
+
+    dataset: str
+    dataset_revision: str
+    licence: str | None
+    text_column: str
+    source_files: Count
+    whole_source: bool
+    text_bytes: Count
+    text_bytes_per_token: float
+    repaired_documents: Count
+    files: list[RawFileEntry]
+    tokenizer: RanksEntry | None
+    own_sha256: Sha256
+
+
+@with_config(EXACTLY)
+class ShardEntry(TypedDict):
+    """As encore.token_files.Shard."""
+
+    name: Name
+    tokens: Count
+    documents: Count
+    text_bytes: Count
+    sha256: Sha256
+
+
+@with_config(EXACTLY)
+class TokenManifest(TypedDict):
+    """data/tokens/manifest.json. shards: of train and of val."""
+
+    dataset: str
+    dataset_revision: str
+    licence: str | None
+    dtype: str
+    vocab_size: Count
+    tokenizer: str
+    tokenizer_sha256: Sha256
+    token_cap: Count
+    cap_reached: bool
+    whole_source: bool
+    text_bytes_per_token: float
+    empty_documents: Count
+    documents_with_end_of_text: Count
+    cut_documents: Count
+    shards: dict[str, list[ShardEntry]]
+    own_sha256: Sha256
+
+
+@with_config(EXACTLY)
+class PartRecord(TypedDict):
+    """part.json, of encore.parts."""
+
+    shards: dict[str, list[ShardEntry]]
+    stopped_at: Count | None
+    remarks: dict[str, Count]
+    tokenizer_sha256: Sha256
+    own_sha256: Sha256
+
+
+@with_config(EXACTLY)
+class LearnedRanks(TypedDict):
+    """learned.json, of encore.parts."""
+
+    sha256: Sha256
+    own_sha256: Sha256
+
+
+@with_config(EXACTLY)
+class InitManifest(TypedDict):
+    """data/init/manifest.json. files: the sha256 of each by its name."""
+
+    init_from: str
+    files: dict[str, Sha256]
+    own_sha256: Sha256
+
+
+@with_config(EXACTLY)
+class TasksManifest(TypedDict):
+    """data/tasks/manifest.json. files: the sha256 of each by its path in the folder."""
+
+    tasks: list[str]
+    lm_eval: str | None
+    files: dict[str, Sha256]
+    own_sha256: Sha256
+
+
+@with_config(AT_LEAST)
+class RunIdentity(TypedDict):
+    """run.json, of encore.runs: the parameters too. It only serves to tell the user of a run that is like another."""
+
+    data_sha256: Sha256
+    init_sha256: Sha256 | None
+
+
+@with_config(EXACTLY)
+class CodeEntry(TypedDict):
+    """Which code trained from an iteration on."""
+
+    from_iter: Count
+    sha256: Sha256
+
+
+@with_config(AT_LEAST)
+class CheckpointState(TypedDict):
+    """state.json of a checkpoint. sha256: of the files beside it. The rest is encore.trainer's and encore.records'."""
+
+    iter: Count
+    code: NotRequired[list[CodeEntry]]
+    wandb_id: NotRequired[str | None]
+    sha256: dict[str, Sha256]
+    own_sha256: Sha256
+
+
+@with_config(EXACTLY)
+class ModelRecord(TypedDict):
+    """model/encore.json: what made the weights. A model that was saved without training has less; those from before
+    there were hashes lack the last two."""
+
+    bias: NotRequired[bool]  # of GPT-2
+    params: NotRequired[dict[str, Any]]
+    data: NotRequired[dict[str, Any]]
+    data_sha256: NotRequired[Sha256]
+    init_sha256: NotRequired[Sha256 | None]
+    iter: NotRequired[Count]
+    code: NotRequired[list[CodeEntry]]
+    versions: NotRequired[dict[str, str]]
+    files_sha256: NotRequired[dict[str, Sha256]]
+    own_sha256: NotRequired[Sha256]
+
+
+@with_config(AT_LEAST)
+class HubConfig(TypedDict):
+    """config.json, transformers' or ours; the shape's keys have other names in each architecture."""
+
+    model_type: str
+    vocab_size: Size
+    n_layer: NotRequired[Size]
+    n_head: NotRequired[Size]
+    n_embd: NotRequired[Size]
+    n_positions: NotRequired[Size]
+    num_hidden_layers: NotRequired[Size]
+    num_attention_heads: NotRequired[Size]
+    hidden_size: NotRequired[Size]
+    max_position_embeddings: NotRequired[Size]
+
+
+@with_config(AT_LEAST)
+class Loss(TypedDict):
+    """Nats a token."""
+
+    loss: float
+
+
+@with_config(AT_LEAST)
+class RunMetrics(TypedDict):
+    """metrics/metrics.json, as far as it is read."""
+
+    iter: Size
+    lr: float
+    mfu: float
+    tokens_per_second: float
+    train: Loss
+    val: Loss
+    tokens_seen: Count
+    peak_tflops: float
+    mfu_basis: str
+    device: str
+    devices: int
+
+
+@with_config(AT_LEAST)
+class SplitMetrics(TypedDict):
+    """The loss over the whole val split."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+
+
+@with_config(AT_LEAST)
+class EvalMetrics(TypedDict):
+    """metrics/eval.json, as far as it is read."""
+
+    eval: SplitMetrics
+
+
+@with_config(AT_LEAST)
+class Metrics(TypedDict):
+    """Any of the metrics."""
+
+
+@with_config(AT_LEAST)
+class LockedFile(TypedDict):
+    """A dependency or output in dvc.lock. md5: a number where YAML takes it for one, and DVC lets it be empty."""
+
+    path: str
+    md5: NotRequired[Annotated[str | int | None, AfterValidator(_check_md5)]]
+    hash: NotRequired[str]
+    size: NotRequired[int]
+    nfiles: NotRequired[int]
+    isexec: NotRequired[bool | int]
+
+
+@with_config(AT_LEAST)
+class LockedStage(TypedDict):
+    """A stage that has run."""
+
+    cmd: str | list[str]
+    deps: NotRequired[list[LockedFile]]
+    outs: NotRequired[list[LockedFile]]
+    params: NotRequired[dict[str, dict[str, Any]]]
+
+
+@with_config(AT_LEAST)
+class Lockfile(TypedDict):
+    """dvc.lock, as far as DVC would refuse another one."""
+
+    schema: Literal["2.0"]
+    stages: NotRequired[dict[str, LockedStage]]
+
+
+@with_config(AT_LEAST)
+class Pipeline(TypedDict):
+    """dvc.yaml."""
+
+    stages: dict[str, dict[str, Any]]
+
+
+@with_config(EXACTLY)
+class StageRun(TypedDict):
+    """The dvc that ran a stage."""
+
+    pid: Count
+    started: str
+
+
+@with_config(EXACTLY)
+class HistoryLine(TypedDict):
+    """A line of history.jsonl."""
+
+    stage: str
+    started: str
+    seconds: float
+    run: StageRun
+    witness: str
+    sha256: Sha256
+    own_sha256: Sha256
