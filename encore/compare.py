@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any
 
+from encore.errors import bring_back
 from encore.init_from import parse_record
 from encore.results import Results, check_lock, flatten, hash_of
 from encore.revisions import Revision, describe_commit
@@ -90,7 +91,7 @@ def provenance(run: Results, revision: Revision) -> dict[str, str]:
     if found := re.search(r", commit (\S+)$", log_text, re.M):
         facts["commit that training began on"] = found[1]
     if record:
-        trained = parse_record(record, "model/encore.json", "`dvc checkout --force model` brings it back")
+        trained = parse_record(record, "model/encore.json", bring_back("model", "train"))
         facts["versions"] = ", ".join(f"{name} {number}" for name, number in trained["versions"].items())
         facts["manifest of data/tokens (sha256)"] = trained["data_sha256"]
         codes = [f"{code['sha256']} from iteration {code['from_iter']}" for code in trained["code"]]

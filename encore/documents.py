@@ -14,13 +14,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from encore.errors import EncoreError
+from encore.errors import EncoreError, bring_back
 from encore.files import sha256_of
 from encore.json_files import read_sealed
 from encore.schemas import RanksEntry, RawFileEntry, RawManifest
 
 RAW_MANIFEST = "manifest.json"
-WAY_OUT = "`dvc checkout --force data/raw` or `dvc repro -f download` brings it back"
+WAY_OUT = bring_back("data/raw", "download")
 READ_BYTES = 2**20
 # A row group is decoded as a whole up to this size, and one row at a time above it.
 WHOLE_GROUP_BYTES = 16_000_000

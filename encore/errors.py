@@ -23,6 +23,14 @@ class Interrupted(Exception):
         self.exit_code = 128 + signal_number
 
 
+def bring_back(output: str, stage: str) -> str:
+    """The way out where an output of a stage is damaged, as the end of a sentence."""
+    return (
+        f"`dvc repro -s -f {stage}` makes {output} anew, and `python -m encore.verify` tells whether "
+        f"`dvc checkout --force {output}` is enough"
+    )
+
+
 def run_stage(main: Callable[[], None]) -> None:
     """Runs a stage's `main` and turns the failures that a user can mend into a sentence and an exit code."""
     keep_printing()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from encore.errors import EncoreError
 from encore.files import sha256_of, write_json, write_whole
-from encore.init_from import CONFIG, RECORD, WEIGHTS, read_record
+from encore.init_from import CONFIG, RECORD, WEIGHTS, bring_model_back, read_record
 from encore.initial_vocabulary import is_other_vocabulary
 from encore.json_files import read_json, write_sealed
 from encore.models import gpt2_hub, nanochat_hub
@@ -76,10 +76,8 @@ def check_hashes(folder: Path, record: ModelRecord, names: Sequence[str] = READ)
     hashes = record.get("files_sha256", {})
     there = [name for name in names if name in hashes and (folder / name).exists()]
     if other := [name for name in there if sha256_of(folder / name) != hashes[name]]:
-        raise EncoreError(
-            f"{' and '.join(str(folder / name) for name in other)}: other bytes than {folder / RECORD} has the hash "
-            "of; `dvc checkout --force` brings the model back, or `dvc repro -f train` where DVC's cache is damaged too"
-        )
+        spelt = " and ".join(str(folder / name) for name in other)
+        raise EncoreError(f"{spelt}: other bytes than {folder / RECORD} has the hash of; {bring_model_back(folder)}")
 
 
 def load_initial(folder: Path, config: Config, ranks: bytes) -> Model:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from encore.errors import EncoreError
+from encore.errors import EncoreError, bring_back
 from encore.json_files import parse_json, parse_sealed
 from encore.schemas import ModelRecord
 
@@ -102,8 +102,14 @@ def read_record(folder: Path) -> ModelRecord | None:
     path = folder / RECORD
     if not path.exists():
         return None
-    way_out = f"bring {folder} back from where it came: where DVC keeps it, by `dvc checkout --force {folder}`"
-    return parse_record(path.read_bytes(), str(path), way_out)
+    return parse_record(path.read_bytes(), str(path), bring_model_back(folder))
+
+
+def bring_model_back(folder: Path) -> str:
+    """The way out where a file of a model is damaged, as the end of a sentence."""
+    if folder == Path("model"):
+        return bring_back("model", "train")
+    return f"bring {folder} back from where it came"
 
 
 def parse_record(data: bytes, what: str, way_out: str) -> ModelRecord:

@@ -50,7 +50,7 @@ def is_sealed(value: Any) -> bool:
     return isinstance(value, dict) and value.get(SEAL) == _hash({k: v for k, v in value.items() if k != SEAL})
 
 
-def parse_json(data: bytes, schema: type[T], what: str, way_out: str) -> T:
+def parse_json(data: bytes, schema: type[T], what: str, way_out: str = "") -> T:
     """What JSON that nobody has sealed holds. Raises EncoreError where it does not fit the schema."""
     return _check(_load(data, what, way_out), schema, what, way_out)
 

@@ -258,6 +258,14 @@ class LockedStage(TypedDict):
 
 
 @with_config(AT_LEAST)
+class CacheEntry(TypedDict):
+    """A file of a folder, in the object that DVC's cache has of the folder."""
+
+    md5: str
+    relpath: str
+
+
+@with_config(AT_LEAST)
 class Lockfile(TypedDict):
     """dvc.lock, as far as DVC would refuse another one."""
 

@@ -15,14 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from encore.errors import EncoreError, run_stage
+from encore.errors import EncoreError, bring_back, run_stage
 from encore.files import sha256_of, write_json
+from encore.integrity import check_files
 from encore.json_files import read_json, read_sealed, write_sealed
 from encore.schemas import TasksManifest
-from encore.verified import check_files
 
 MANIFEST = "manifest.json"
-WAY_OUT = "`dvc checkout --force data/tasks` or `dvc repro -f download` brings it back"
+WAY_OUT = bring_back("data/tasks", "download")
 BATCH_SIZE = 16
 BOOTSTRAP_SAMPLES = 1000  # for the standard errors that have no formula, perplexity's
 SETTINGS = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from encore.errors import EncoreError
+from encore.errors import EncoreError, bring_back
 from encore.files import sha256_of
 from encore.json_files import read_sealed, write_sealed
 from encore.schemas import TokenManifest
@@ -20,7 +20,7 @@ SHARD_TOKENS = 100_000_000
 MANIFEST = "manifest.json"
 RANKS_FILE = "tokenizer.tiktoken"  # the tokenizer, see encore/tokenizer.py
 SPLITS = ("train", "val")
-WAY_OUT = "`dvc checkout --force data/tokens` or `dvc repro -f tokenize` brings it back"
+WAY_OUT = bring_back("data/tokens", "tokenize")
 
 
 @dataclass(frozen=True)

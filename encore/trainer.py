@@ -16,6 +16,7 @@ from encore.distributed import ALONE, Ranks, gather
 from encore.errors import EncoreError, Interrupted
 from encore.evaluation import sum_losses
 from encore.flops import flops_per_token, synchronize
+from encore.integrity import Verification
 from encore.models.architectures import Model, make_model
 from encore.optim import make_optimizers
 from encore.params import StageParams
@@ -24,7 +25,6 @@ from encore.records import Records
 from encore.runs import code_sha256
 from encore.schedule import get_lr
 from encore.signals import StopRequest
-from encore.verified import Verification
 
 
 class Trainer:

@@ -17,6 +17,7 @@ from encore.export import load_model
 from encore.files import write_json, write_tsv, write_whole
 from encore.generate import generate
 from encore.history import record_stage
+from encore.integrity import Verification
 from encore.launch import run_under_torchrun, torchrun_arguments
 from encore.models.architectures import Model
 from encore.params import StageParams, load_params
@@ -24,7 +25,6 @@ from encore.progress import Progress
 from encore.tasks import run_tasks
 from encore.token_files import RANKS_FILE, WAY_OUT, TokenSplit, token_hashes
 from encore.tokenizer import load_tokenizer
-from encore.verified import Verification
 from stages import STARTED
 
 TOKENS = Path("data/tokens")

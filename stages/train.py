@@ -17,12 +17,13 @@ from encore.checkpoint import find_resumable, list_checkpoints
 from encore.device import Hardware, find_device, find_hardware, naming_what_does_not_repeat
 from encore.disk import check_room
 from encore.distributed import ALONE, SHARD, Ranks, joined
-from encore.errors import EncoreError, run_stage
+from encore.errors import EncoreError, bring_back, run_stage
 from encore.export import load_initial, save_model
 from encore.files import sha256_of, whole_folder, write_json
 from encore.history import record_stage
 from encore.hub_tokenizer import save_hub_tokenizer
 from encore.init_from import RECORD, SCRATCH
+from encore.integrity import Verification, check_files
 from encore.json_files import read_sealed
 from encore.launch import run_under_torchrun, torchrun_arguments
 from encore.model_card import write_card
@@ -43,7 +44,6 @@ from encore.token_files import (
     token_hashes,
 )
 from encore.trainer import Trainer
-from encore.verified import Verification, check_files
 from encore.wandb_run import start_wandb
 from stages import STARTED
 
@@ -52,7 +52,7 @@ INIT = Path("data/init")
 MODEL = Path("model")
 METRICS = Path("metrics")
 LOG = Path("training.log")
-INIT_WAY_OUT = "`dvc checkout --force data/init` or `dvc repro -f download` brings it back"
+INIT_WAY_OUT = bring_back("data/init", "download")
 
 
 def main() -> None:

@@ -218,7 +218,8 @@ def test_raw_text_is_compared_with_its_manifest_and_every_bad_file_is_named(tmp_
     assert str(error.value) == (
         f"{paths[1]} is missing; {paths[2]} has other bytes than {folder}/manifest.json says; "
         f"{paths[4]} has other bytes than {folder}/manifest.json says; "
-        "`dvc checkout --force data/raw` or `dvc repro -f download` brings it back"
+        "`dvc repro -s -f download` makes data/raw anew, and `python -m encore.verify` tells whether "
+        "`dvc checkout --force data/raw` is enough"
     )
 
 

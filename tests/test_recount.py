@@ -277,5 +277,5 @@ def test_all_disagreements_are_told_at_once(folder: Path, threads: int) -> None:
 
 
 def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
-    with pytest.raises(EncoreError, match=r"manifest\.json is missing; `dvc checkout --force data/tokens`"):
+    with pytest.raises(EncoreError, match=r"manifest\.json is missing; `dvc repro -s -f tokenize`"):
         recount.recount(tmp_path, TOKENS, threads=1)

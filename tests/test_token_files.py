@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from encore.errors import EncoreError
+from encore.errors import EncoreError, bring_back
 from encore.token_files import (
     MANIFEST,
     Shard,
@@ -171,12 +171,13 @@ def test_missing_and_cut_shards_are_named_all_at_once(split_folder: tuple[Path, 
         TokenSplit(folder, "train")
     assert str(error.value) == (
         f"{folder}/train_00001.bin is missing; {folder}/train_00003.bin has 5 bytes and the manifest says 74; "
-        "`dvc checkout --force data/tokens` or `dvc repro -f tokenize` brings it back"
+        "`dvc repro -s -f tokenize` makes data/tokens anew, and `python -m encore.verify` tells whether "
+        "`dvc checkout --force data/tokens` is enough"
     )
 
 
 def test_no_manifest_and_a_foreign_one(tmp_path: Path) -> None:
-    way_out = "; `dvc checkout --force data/tokens` or `dvc repro -f tokenize` brings it back"
+    way_out = f"; {bring_back('data/tokens', 'tokenize')}"
     with pytest.raises(EncoreError) as error:
         TokenSplit(tmp_path, "train")
     assert str(error.value) == f"{tmp_path / MANIFEST} is missing{way_out}"

@@ -251,7 +251,7 @@ def test_scratch_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_missing_download_is_a_sentence() -> None:
     shutil.rmtree(RAW)
-    sentence = r"^data/raw/manifest\.json is missing; `dvc checkout --force data/raw` or `dvc repro -f download` "
+    sentence = r"^data/raw/manifest\.json is missing; `dvc repro -s -f download` makes data/raw "
     with pytest.raises(EncoreError, match=sentence):
         tokenize.main()
 
