@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,14 +23,15 @@ from encore.schemas import RanksEntry, RawFileEntry, RawManifest
 RAW_MANIFEST = "manifest.json"
 WAY_OUT = bring_back("data/raw", "download")
 READ_BYTES = 2**20
-# A row group is decoded as a whole up to this size, and one row at a time above it.
+# A row group is decoded many rows at a time up to this size, and one row at a time above it.
 WHOLE_GROUP_BYTES = 16_000_000
+BATCH_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class RowGroup:
     """A row group of a parquet file. first_row: in its file. first_document: the number of that row in the corpus.
-    text_bytes: of its text column before compression, by the file's footer."""
+    text_bytes: of its text column before compression, by the file's footer. encodings: parquet's, of that column."""
 
     path: Path
     index: int
@@ -37,6 +39,7 @@ class RowGroup:
     first_document: int
     documents: int
     text_bytes: int
+    encodings: tuple[str, ...]
 
 
 def read_raw_manifest(folder: Path) -> RawManifest:
@@ -87,52 +90,88 @@ def list_row_groups(files: list[Path], text_column: str) -> list[RowGroup]:
         first_row = 0
         for index in range(metadata.num_row_groups):
             group = metadata.row_group(index)
-            text_bytes = group.column(column).total_uncompressed_size
-            groups.append(RowGroup(path, index, first_row, documents + first_row, group.num_rows, text_bytes))
+            chunk = group.column(column)
+            where = (path, index, first_row, documents + first_row, group.num_rows)
+            groups.append(RowGroup(*where, chunk.total_uncompressed_size, tuple(chunk.encodings)))
             first_row += group.num_rows
         documents += first_row
     return groups
 
 
 def read_documents(groups: list[RowGroup], text_column: str) -> Iterator[tuple[int, bytes]]:
-    """Yields each document's number and UTF-8 text; a null is an empty document.
+    """Yields the number and UTF-8 text of each document that has text.
 
-    Memory: a row group of WHOLE_GROUP_BYTES, or of a larger one a page, which holds at least one document.
+    Memory: a row group of WHOLE_GROUP_BYTES, or of a larger one a page, which holds at least one document. A text that
+    stands in many rows is in memory once, however few bytes of the file say so. Raises EncoreError where a row group
+    cannot be read.
     """
     for path, of_file in groupby(groups, key=lambda group: group.path):
-        with pq.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False) as parquet:
-            for group in of_file:
-                batch_rows = max(1, group.documents) if group.text_bytes <= WHOLE_GROUP_BYTES else 1
-                batches = parquet.iter_batches(batch_rows, [group.index], [text_column], use_threads=False)
-                number = group.first_document
-                for batch in batches:
-                    for text in _as_utf8(
-                        batch.column(0), path, group.first_row + number - group.first_document
-                    ).to_pylist():
-                        yield number, text or b""
-                        number += 1
+        for group in of_file:
+            first = group.first_document
+            for batch in _read_batches(group, text_column):
+                for row, text in _texts_of(batch, path, group.first_row + first - group.first_document):
+                    yield first + row, text
+                first += len(batch)
+
+
+def _read_batches(group: RowGroup, text_column: str) -> Iterator[pa.Array]:
+    """The text column of a row group, some rows at a time; where the file has a dictionary, so has the column."""
+    rows = BATCH_ROWS if group.text_bytes <= WHOLE_GROUP_BYTES else 1
+    as_dictionary = [text_column]
+    if not any("DICTIONARY" in encoding for encoding in group.encodings):
+        as_dictionary = []  # pyarrow makes none of texts that stand in the file as differences from the one before ...
+        rows = 1 if "DELTA_BYTE_ARRAY" in group.encodings else rows  # ... of which each can be short and mean much
+    try:
+        with pq.ParquetFile(
+            group.path, buffer_size=READ_BYTES, pre_buffer=False, read_dictionary=as_dictionary
+        ) as parquet:
+            for batch in parquet.iter_batches(rows, [group.index], [text_column], use_threads=False):
+                yield batch.column(0)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise EncoreError(
+            f"{group.path}: row group {group.index} cannot be read ({reason}); mend the file where it comes from"
+        ) from None
+
+
+def _texts_of(column: pa.Array, path: Path, first_row: int) -> Iterator[tuple[int, bytes]]:
+    """The rows of a column that have text, each with its index. Raises EncoreError naming the first row that is not
+    UTF-8. first_row: the number of the column's first row in the file."""
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    indices = column.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    used, places = np.unique(indices, return_inverse=True)
+    texts: list[bytes] = []
+    if used.size and used[-1] >= 0:
+        values = column.dictionary.take(pa.array(used[used >= 0]))
+        texts = values.cast(pa.large_binary()).to_pylist()
+        try:
+            values.validate(full=True)
+        except pa.ArrowInvalid:
+            _refuse_other_bytes(texts, places - (len(used) - len(texts)), path, first_row)
+            raise
+    if used.size and used[0] < 0:
+        texts.insert(0, b"")
+    has_text = np.array([bool(text) for text in texts], bool)
+    for row in np.flatnonzero(has_text[places]).tolist() if texts else []:
+        yield row, texts[places[row]]
+
+
+def _refuse_other_bytes(texts: list[bytes], places: np.ndarray, path: Path, first_row: int) -> None:
+    """Raises EncoreError for the first row whose text is not UTF-8. places: of each row's text, below 0 for a null."""
+    for row, place in enumerate(places.tolist(), first_row):
+        try:
+            if place >= 0:
+                texts[place].decode()
+        except UnicodeDecodeError as error:
+            raise EncoreError(
+                f"{path}, row {row} is not UTF-8 (byte {error.start:,}); mend the file where it comes from"
+            ) from None
 
 
 def is_val(number: int, split_seed: int, val_fraction: float) -> bool:
     """Whether the document with this running number is held out: a uniform hash of (seed, number) decides."""
     digest = hashlib.blake2b(f"{split_seed}:{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < val_fraction * 2.0**64
-
-
-def _as_utf8(column: pa.Array, path: Path, first_row: int) -> pa.Array:
-    """The column as bytes, which are UTF-8. Raises EncoreError naming the first row that is not."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    texts = column.cast(pa.large_binary())
-    try:
-        column.validate(full=True)
-    except pa.ArrowInvalid:
-        for row, text in enumerate(texts.to_pylist(), first_row):
-            try:
-                (text or b"").decode()
-            except UnicodeDecodeError as error:
-                raise EncoreError(
-                    f"{path}, row {row} is not UTF-8 (byte {error.start:,}); mend the file where it comes from"
-                ) from None
-        raise
-    return texts

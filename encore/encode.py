@@ -90,12 +90,10 @@ class Encoded(NamedTuple):
 
 
 def gather_batches(documents: Iterable[tuple[int, bytes]], split_seed: int, val_fraction: float) -> Iterator[Batch]:
-    """Gathers numbered documents to batches of about BATCH_BYTES, each document to the split that it belongs to."""
+    """Gathers numbered documents, none of which is empty, to batches of about BATCH_BYTES, each document to the split
+    that it belongs to."""
     batch = Batch()
     for number, text in documents:
-        if not text:
-            batch.remarks.append((number, EMPTY))
-            continue
         if b"|" in text and END_OF_TEXT_BYTES in text:  # a single byte is looked for much faster
             batch.remarks.append((number, WITH_END_OF_TEXT))
         of_split = "val" if is_val(number, split_seed, val_fraction) else "train"

@@ -17,7 +17,7 @@ from encore import transfer
 from encore.disk import can_link, check_room
 from encore.errors import EncoreError
 from encore.progress import Progress
-from encore.raw_folder import BrokenParquet, Footer, read_footer
+from encore.raw_folder import BrokenParquet, Footer, check_footer_size, read_footer
 from encore.retries import TransferError, Trouble, persist
 from encore.threads import Threads
 from encore.transfer import RemoteFile
@@ -139,7 +139,7 @@ class DataSet:
         if file in self.sha256:
             return self._read_kept_footer(name, text_column)
         tail = transfer.read_tail(file, min(TAIL_BYTES, file.bytes), self.headers, stopping)
-        footer_bytes = int.from_bytes(tail[-8:-4], "little") + 8 if tail else 0
+        footer_bytes = check_footer_size(tail[-8:], file.what) + 8 if tail else 0
         if tail and len(tail) < footer_bytes <= file.bytes:
             tail = transfer.read_tail(file, footer_bytes, self.headers, stopping)
         try:

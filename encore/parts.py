@@ -26,7 +26,7 @@ import numpy as np
 from filelock import FileLock
 
 from encore.documents import RowGroup, list_row_groups, read_documents
-from encore.encode import RULES, Encoded, Tokens, encode_all, gather_batches, learning_texts
+from encore.encode import EMPTY, RULES, Encoded, Tokens, encode_all, gather_batches, learning_texts
 from encore.errors import EncoreError
 from encore.files import link_or_copy, sha256_of, whole_folder, write_whole
 from encore.json_files import read_sealed, write_sealed
@@ -182,7 +182,7 @@ class PartStore:
         batches = gather_batches(documents, params.split_seed, params.val_fraction)
         results = encode_all(batches, self.ranks, workers)
         remarks: set[tuple[int, str]] = set()
-        stopped_at = None
+        last = stopped_at = None
         for result in results:
             missing_tokens = None if most_tokens is None else most_tokens - writers["train"].tokens
             train, val, last = _until(result, missing_tokens)
@@ -196,6 +196,9 @@ class PartStore:
         results.close()
         shards = {split: writer.finish() for split, writer in writers.items()}
         counts = Counter(rule for _, rule in remarks)
+        groups = self.parts[index]
+        seen = sum(group.documents for group in groups) if last is None else last + 1 - groups[0].first_document
+        counts[EMPTY] = seen - sum(writer.documents for writer in writers.values())
         record = {
             "shards": {split: shards_as_json(of_split) for split, of_split in shards.items()},
             "stopped_at": stopped_at,

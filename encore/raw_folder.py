@@ -16,6 +16,7 @@ from encore.files import sha256_of
 # Text is written in row groups, the unit that the tokenize stage shares out among its workers.
 ROW_GROUP_BYTES = 4_000_000
 FILE_BYTES = 256_000_000
+FOOTER_BYTES = 2**24  # pyarrow takes some ten times as much memory to read one
 Item = TypeVar("Item")
 
 
@@ -123,8 +124,10 @@ class RawFolder:
 def read_footer(file: Path | pa.BufferReader, what: str, text_column: str) -> Footer:
     """The footer of a parquet file, of which its last bytes are enough.
 
-    Raises BrokenParquet where it cannot be read, and EncoreError where there is no such column of strings.
+    Raises BrokenParquet where it cannot be read, and EncoreError where it is larger than FOOTER_BYTES or there is no
+    such column of strings.
     """
+    check_footer_size(_last_bytes(file), what)
     try:
         footer = pq.read_metadata(file)
     except (OSError, ValueError) as error:
@@ -144,6 +147,26 @@ def read_footer(file: Path | pa.BufferReader, what: str, text_column: str) -> Fo
     index = [column.path for column in footer.schema].index(text_column)
     groups = (footer.row_group(group).column(index) for group in range(footer.num_row_groups))
     return Footer(footer.num_rows, sum(column.total_uncompressed_size for column in groups))
+
+
+def check_footer_size(last_bytes: bytes, what: str) -> int:
+    """The size of a parquet file's footer, by its last 8 bytes. Raises EncoreError where it is beyond FOOTER_BYTES."""
+    footer_bytes = int.from_bytes(last_bytes[:4], "little")
+    if last_bytes[4:] == b"PAR1" and footer_bytes > FOOTER_BYTES:
+        raise EncoreError(
+            f"{what} claims a footer of {footer_bytes:,} bytes, and Encore reads up to {FOOTER_BYTES:,}; write the file "
+            "anew with larger row groups or fewer columns, or leave it out"
+        )
+    return footer_bytes
+
+
+def _last_bytes(file: Path | pa.BufferReader) -> bytes:
+    if isinstance(file, pa.BufferReader):
+        size_bytes = file.size()
+        return file.read_at(min(8, size_bytes), max(0, size_bytes - 8))
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - 8))
+        return opened.read()
 
 
 def gather_row_groups(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from encore.threads import Stopped, Threads
 
 FILES_AT_ONCE = 8
 TIMEOUT_SECONDS = 30.0  # for a connection, and between two pieces of an answer
+# A slower answer is given up: a byte a second would never time out, and never end.
+PACE_SECONDS, LEAST_BYTES = 60.0, 60_000
+TOO_SLOW = Trouble("it sends less than a kilobyte a second")
+SMALL_BYTES = 2**24  # more than any list of ranks
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,11 @@ class RemoteFile:
 
 
 def read(url: str, what: str) -> bytes:
-    """The bytes at an address; for small files. Raises TransferError."""
-    from huggingface_hub import get_session
+    """The bytes at an address, SMALL_BYTES at most. Raises TransferError."""
 
     def attempt() -> bytes | Trouble:
-        response = get_session().get(url, timeout=TIMEOUT_SECONDS)
-        return response.content if response.status_code == 200 else trouble_of(response)
+        with _get(url, {}, None) as response:
+            return _receive_at_most(response, SMALL_BYTES) if response.status_code == 200 else trouble_of(response)
 
     return persist(what, attempt, threading.Event())
 
@@ -63,8 +67,8 @@ def read_tail(file: RemoteFile, count: int, headers: dict[str, str], stopping: t
     def attempt() -> bytes | Trouble | None:
         with _get(file.url, headers, f"bytes={first}-{file.bytes - 1}") as response:
             if response.status_code == 206 and _is_part(response, first, file.bytes):
-                tail = b"".join(response.iter_raw())
-                return tail if len(tail) == count else Trouble("the answer ended early")
+                tail = _receive_at_most(response, count)
+                return tail if isinstance(tail, Trouble) or len(tail) == count else Trouble("the answer ended early")
             if response.status_code in (200, 206, 416):
                 return None
             return trouble_of(response)
@@ -102,6 +106,34 @@ def bring(files: list[RemoteFile], headers: dict[str, str], known: dict[RemoteFi
         fetched = threads.run_all(lambda file: _Download(file, headers, count, threads.stopping).run(), missing)
     found = {**known, **dict(zip(missing, fetched, strict=True))}
     return [found[file] for file in files]
+
+
+class Pace:
+    """Whether an answer comes at LEAST_BYTES every PACE_SECONDS."""
+
+    def __init__(self) -> None:
+        self._since, self._bytes = time.monotonic(), 0
+
+    def is_too_slow(self, more_bytes: int) -> bool:
+        """Takes note of so many bytes more. True at the end of PACE_SECONDS that brought fewer than LEAST_BYTES."""
+        self._bytes += more_bytes
+        if time.monotonic() - self._since < PACE_SECONDS:
+            return False
+        too_slow = self._bytes < LEAST_BYTES
+        self._since, self._bytes = time.monotonic(), 0
+        return too_slow
+
+
+def _receive_at_most(response: Any, most_bytes: int) -> bytes | Trouble:
+    """The body of an answer. No more of it is read than a piece beyond `most_bytes`."""
+    pace, received = Pace(), bytearray()
+    for piece in response.iter_raw():
+        received += piece
+        if len(received) > most_bytes:
+            return Trouble(f"more comes than the {most_bytes:,} bytes that were asked for", again=False)
+        if pace.is_too_slow(len(piece)):
+            return TOO_SLOW
+    return bytes(received)
 
 
 class _Download:
@@ -169,7 +201,7 @@ class _Download:
         furthest_bytes = self.have_bytes
         while self.have_bytes < self.file.bytes:
             trouble = try_once(self._receive)
-            if self.have_bytes > furthest_bytes:
+            if self.have_bytes > furthest_bytes and trouble is not TOO_SLOW:
                 furthest_bytes = self.have_bytes
                 patience.failures = 0
             if trouble:
@@ -190,12 +222,15 @@ class _Download:
                 if response.headers.get("Content-Length", str(self.file.bytes)) != str(self.file.bytes):
                     return Trouble("what it sends has another size than the listed one")
                 self._start_over()  # the whole file, whatever part was wanted
+            pace = Pace()
             for piece in response.iter_raw():
                 if self.stopping.is_set():
                     raise Stopped
                 self._append(piece[: self.file.bytes - self.have_bytes])
                 if self.have_bytes == self.file.bytes:
                     return None
+                if pace.is_too_slow(len(piece)):
+                    return TOO_SLOW
         return Trouble("the answer ended early")
 
     def _append(self, piece: bytes) -> None:

@@ -15,7 +15,6 @@ from encore.documents import is_val
 from encore.encode import (
     BREAK,
     CUT_SHORT,
-    EMPTY,
     WITH_END_OF_TEXT,
     Batch,
     Encoded,
@@ -162,10 +161,9 @@ def test_documents_together_are_encoded_as_each_one_alone(
     ranks = request.getfixturevalue(which)
     tokenizer = make_tokenizer(ranks)
     set_sizes(*sizes)
-    texts = random_documents(2, 1500)
+    texts = [text for text in random_documents(2, 1500) if text]
     expected: dict[str, list[tuple[int, list[int], int]]] = {split: [] for split in SPLITS}
-    remarks = {(number, EMPTY) for number, text in enumerate(texts) if not text}
-    remarks |= {(number, WITH_END_OF_TEXT) for number, text in enumerate(texts) if END_OF_TEXT in text}
+    remarks = {(number, WITH_END_OF_TEXT) for number, text in enumerate(texts) if END_OF_TEXT in text}
     for number, text in enumerate(texts):
         utf8 = text.encode()
         forced = [stop for stop, at_blank in plain_cut(text, *sizes) if not at_blank]
@@ -173,12 +171,11 @@ def test_documents_together_are_encoded_as_each_one_alone(
         runs = [utf8[start:stop].decode() for start, stop in pairwise([0, *forced, len(utf8)])]
         ids = [*(i for run in runs for i in tokenizer.encode_ordinary(run)), tokenizer.eot_token]
         assert tokenizer.decode(ids[:-1]) == text
-        if text:
-            expected["val" if is_val(number, SEED, VAL_FRACTION) else "train"].append((number, ids, len(utf8)))
+        expected["val" if is_val(number, SEED, VAL_FRACTION) else "train"].append((number, ids, len(utf8)))
     results = list(encode_all(gather_batches(numbered(texts), SEED, VAL_FRACTION), ranks, 1))
     assert put_together(results) == expected
     assert {remark for result in results for remark in result.remarks} == remarks
-    assert {rule for _, rule in remarks} >= {EMPTY, WITH_END_OF_TEXT}
+    assert {rule for _, rule in remarks} >= {WITH_END_OF_TEXT}
     assert (CUT_SHORT in {rule for _, rule in remarks}) == (sizes[1] < 100)
     assert (len(results) > 1) == (sizes[0] < 10**6)
     assert {getattr(result, split).ids.dtype for result in results for split in SPLITS} == {np.dtype("<u2")}
@@ -187,12 +184,12 @@ def test_documents_together_are_encoded_as_each_one_alone(
 def test_a_long_document_runs_over_several_batches_and_its_remarks_are_its_own(set_sizes: SetSizes) -> None:
     """Document 7 is held out. Pieces are of 10 bytes and what it takes to the next blank, runs without one of 16."""
     set_sizes(10, 6)
-    texts = {5: "one two three four five", 6: "", 7: "ab cd\nef gh ij", 9: "x" * 40, 10: "a<|endoftext|>b", 12: "end"}
+    texts = {5: "one two three four five", 7: "ab cd\nef gh ij", 9: "x" * 40, 10: "a<|endoftext|>b", 12: "end"}
     batches = list(gather_batches(((number, text.encode()) for number, text in texts.items()), SEED, VAL_FRACTION))
     assert batches == [
         Batch([Piece(5, b"one two three", None)], [], [], 13),
         Batch([Piece(5, b" four five", 23)], [], [], 10),
-        Batch([], [Piece(7, b"ab cd\nef gh", None)], [(6, EMPTY)], 11),
+        Batch([], [Piece(7, b"ab cd\nef gh", None)], [], 11),
         Batch([Piece(9, b"x" * 16, None)], [Piece(7, b" ij", 14)], [(9, CUT_SHORT)], 19),
         Batch([Piece(9, b"x" * 16, None)], [], [(9, CUT_SHORT)], 16),
         Batch([Piece(9, b"x" * 8, 40), Piece(10, b"a<|endoftext|>b", 15)], [], [(10, WITH_END_OF_TEXT)], 23),
@@ -203,7 +200,7 @@ def test_a_long_document_runs_over_several_batches_and_its_remarks_are_its_own(s
     assert [result.remarks for result in results] == [
         [],
         [],
-        [(6, EMPTY)],
+        [],
         [(9, CUT_SHORT)],
         [(9, CUT_SHORT)],
         [(10, WITH_END_OF_TEXT)],
@@ -238,7 +235,7 @@ def test_a_forced_cut_is_never_in_the_middle_of_a_character(set_sizes: SetSizes)
 
 def test_batches_are_closed_as_soon_as_they_are_full(set_sizes: SetSizes) -> None:
     set_sizes(100)
-    texts = random_documents(3, 300)
+    texts = [text for text in random_documents(3, 300) if text]
     batches = list(gather_batches(numbered(texts), SEED, VAL_FRACTION))
     assert len(batches) > 20
     for batch in batches:
