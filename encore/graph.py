@@ -9,7 +9,7 @@ from typing import Any
 from encore.errors import EncoreError
 from encore.files import sha256_of
 from encore.history import HISTORY
-from encore.json_files import parse_sealed
+from encore.json_files import parse_old_too
 from encore.schemas import HistoryLine
 from encore.scratch import scratch_folder
 
@@ -64,7 +64,7 @@ def read_history() -> list[HistoryLine]:
     lines = []
     for number, line in enumerate(path.read_text("utf-8", "replace").splitlines() if path.exists() else [], start=1):
         try:
-            lines.append(parse_sealed(line.encode(), HistoryLine, f"{path}, line {number}"))
+            lines.append(parse_old_too(line.encode(), HistoryLine, f"{path}, line {number}"))
         except EncoreError:
             print(f"encore: note: {path}, line {number}, is damaged and left out", file=sys.stderr)
     return lines

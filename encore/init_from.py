@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from encore.errors import EncoreError, bring_back
-from encore.json_files import parse_json, parse_sealed
+from encore.json_files import parse_old_too
 from encore.schemas import ModelRecord
 
 SCRATCH = "scratch"
@@ -113,9 +113,8 @@ def bring_model_back(folder: Path) -> str:
 
 
 def parse_record(data: bytes, what: str, way_out: str) -> ModelRecord:
-    """As `read_record`, of bytes that messages call `what`. Records from before there were seals have none."""
-    record = parse_json(data, ModelRecord, what, way_out)
-    return parse_sealed(data, ModelRecord, what, way_out) if "own_sha256" in record else record
+    """As `read_record`, of bytes that messages call `what`."""
+    return parse_old_too(data, ModelRecord, what, way_out)
 
 
 def read_shape(folder: Path) -> Shape:

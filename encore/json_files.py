@@ -45,6 +45,12 @@ def parse_sealed(data: bytes, schema: type[T], what: str, way_out: str = "") -> 
     return _check(value, schema, what, way_out)
 
 
+def parse_old_too(data: bytes, schema: type[T], what: str, way_out: str = "") -> T:
+    """As `parse_sealed`, but that a file from before there were seals has none."""
+    value = parse_json(data, schema, what, way_out)
+    return parse_sealed(data, schema, what, way_out) if isinstance(value, dict) and SEAL in value else value
+
+
 def is_sealed(value: Any) -> bool:
     """Whether this carries the sha256 of the rest of itself."""
     return isinstance(value, dict) and value.get(SEAL) == _hash({k: v for k, v in value.items() if k != SEAL})

@@ -154,8 +154,8 @@ def check_footer_size(last_bytes: bytes, what: str) -> int:
     footer_bytes = int.from_bytes(last_bytes[:4], "little")
     if last_bytes[4:] == b"PAR1" and footer_bytes > FOOTER_BYTES:
         raise EncoreError(
-            f"{what} claims a footer of {footer_bytes:,} bytes, and Encore reads up to {FOOTER_BYTES:,}; write the file "
-            "anew with larger row groups or fewer columns, or leave it out"
+            f"{what} claims a footer of {footer_bytes:,} bytes, and Encore reads up to {FOOTER_BYTES:,}; write the "
+            "file anew with larger row groups or fewer columns, or leave it out"
         )
     return footer_bytes
 

@@ -146,10 +146,11 @@ def add_clocks(curves: dict[str, list[Row]], tokens_per_iter: int) -> None:
 
 def read_params(text: str) -> list[Param]:
     """The lines of params.yaml with the comments that say what they mean."""
+    values = parse_yaml(text.encode(), dict[str, Any], "params.yaml", "`git restore params.yaml` brings it back")
     page = YAML().load(text)
     comments = {key: tokens[2].value for key, tokens in page.ca.items.items() if tokens[2]}
     group, params = _last_comment("".join(token.value for token in (page.ca.comment or [None, []])[1] or [])), []
-    for key, value in YAML(typ="safe", pure=True).load(text).items():
+    for key, value in values.items():
         meaning, _, below = comments.get(key, "").partition("\n")
         params.append(Param(key, value, meaning.lstrip("# "), group))
         group = _last_comment(below) or group

@@ -298,4 +298,4 @@ class HistoryLine(TypedDict):
     run: StageRun
     witness: str
     sha256: Sha256
-    own_sha256: Sha256
+    own_sha256: NotRequired[Sha256]

@@ -106,8 +106,8 @@ def test_files_and_manifest(repository: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == f"files:corpus/*: 2 files, 3 documents, {megabytes:.1f} MB in data/raw\n"
     assert [path.name for path in Path("data/init").iterdir()] == ["manifest.json"]
     assert read_with_seal(Path("data/init/manifest.json").read_bytes()) == {"init_from": "scratch", "files": {}}
-    assert {path.name: path.read_text() for path in Path("data/tasks").iterdir()} == {
-        "manifest.json": '{\n  "tasks": [],\n  "lm_eval": null\n}\n'
+    assert {path.name: read_with_seal(path.read_text()) for path in Path("data/tasks").iterdir()} == {
+        "manifest.json": {"tasks": [], "lm_eval": None, "files": {}}
     }
 
 

@@ -21,6 +21,7 @@ from encore.token_files import RANKS_FILE
 from stages import evaluate
 from tests.conftest import ROOT, TINY, pipeline_environment, write_page, write_tokens
 from tests.ranks import launch_settings
+from tests.token_folders import replace_shard
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_the_number_of_tokens_at_a_time_changes_nothing(model, tmp_path, monkeyp
 def test_two_ranks_find_what_one_does(model, tmp_path, tokens_folder):
     val = np.fromfile(tokens_folder / "val_00000.bin", "<u2")
     val[[40, 300]] = 299  # three documents, so that there is a standard error
-    val.tofile(tokens_folder / "val_00000.bin")
+    replace_shard(tokens_folder, "val_00000.bin", val.tobytes())
     one = run(tmp_path)
     assert one["loss_standard_error"] > 0
     by_position = read_positions(tmp_path)

@@ -20,6 +20,7 @@ from encore.revisions import find_revision
 from stages.evaluate import as_markdown
 from tests.browser import chromium_page
 from tests.conftest import PAGE, pipeline_environment, run_dvc
+from tests.sealed import with_seal
 
 
 def run_report(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -260,18 +261,53 @@ def test_a_damaged_history_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ENCORE_SCRATCH", str(tmp_path))
-    good = line("train", "model.txt", "x", "10")
-    (tmp_path / "history.jsonl").write_text(f'{json.dumps(good)}\n{{"stage": "tra\n[]\n{{}}\n{json.dumps(good)}\n')
-    assert graph.read_history() == [good, good]
+    old = line("train", "model.txt", "x", "10")  # as Encore wrote it before there were seals
+    good = with_seal(old)
+    flipped = json.dumps(good).replace('"seconds": 1.5', '"seconds": 9.5')
+    lines = [json.dumps(good), '{"stage": "tra', "[]", "{}", flipped, json.dumps(old)]
+    (tmp_path / "history.jsonl").write_text("".join(f"{each}\n" for each in lines))
+    assert graph.read_history() == [good, old]
     numbers = re.findall(r"history\.jsonl, line (\d), is damaged", capsys.readouterr().err)
-    assert numbers == ["2", "3", "4"]
+    assert numbers == ["2", "3", "4", "5"]
+
+
+def write_output(repository: Path, name: str, data: bytes) -> None:
+    """Puts other bytes in the place of an output, and their hash into dvc.lock, as DVC does."""
+    lock = (repository / "dvc.lock").read_text()
+    old = hashlib.md5((repository / name).read_bytes()).hexdigest()
+    assert old in lock
+    (repository / "dvc.lock").write_text(lock.replace(old, hashlib.md5(data).hexdigest()))
+    (repository / name).unlink()  # it may be a link into DVC's cache
+    (repository / name).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics/metrics.json", "metrics/train.tsv", "metrics/position.tsv", "metrics/samples.md", "training.log"]
+)
+def test_a_result_that_is_not_the_one_of_dvc_lock_is_refused(here: Path, name: str) -> None:
+    data = (here / name).read_bytes()
+    (here / name).unlink()
+    (here / name).write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(EncoreError) as error:
+        render([find_revision("workspace")])
+    assert str(error.value) == (
+        f"{name} is not the one that dvc.lock has the hash of, so the run has not ended, or the file was changed "
+        "afterwards; `dvc repro` makes both anew, `git restore` brings back what was committed"
+    )
+
+
+@pytest.mark.parametrize("name", ["dvc.lock", "dvc.yaml", "params.yaml"])
+def test_yaml_that_cannot_be_read_is_a_sentence(here: Path, name: str) -> None:
+    (here / name).write_text((here / name).read_text() + "\n\tx: [\n")
+    with pytest.raises(EncoreError, match=rf"^{name} is not valid YAML \(.*\); `git restore {name}` brings it back$"):
+        render([find_revision("workspace")])
 
 
 NASTY = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> {{ 7 * 7 }} \u2028 &amp; 中"
 
 
 def test_text_of_the_model_is_shown_and_not_obeyed(here: Path) -> None:
-    (here / "metrics/samples.md").write_text(f"## Sample {NASTY}\n\n~~~~~~text\n{NASTY}\n~~~~~~\n", encoding="utf-8")
+    write_output(here, "metrics/samples.md", f"## Sample {NASTY}\n\n~~~~~~text\n{NASTY}\n~~~~~~\n".encode())
     page = render([find_revision("workspace")])
     assert page.count("<script>") == page.count("</script") == 2
     assert "<img" not in page.split("<script>")[0]  # vega itself has the word

@@ -267,13 +267,13 @@ def test_the_speed_of_a_last_row_comes_with_the_checkpoint(make_trainer, count_s
 
 def test_going_on_under_other_code_is_on_record(make_trainer, monkeypatch):
     trainer = make_trainer("run")
-    trainer.code = [{"from_iter": 0, "sha256": "other"}]
+    trainer.code = [{"from_iter": 0, "sha256": "e" * 64}]
     with pytest.raises(Interrupted):
         trainer.run(StopAfter(trainer, 3))
     monkeypatch.setenv("ENCORE_RESUME_OTHER_CODE", "1")
     resumed = make_trainer("run")
     today = resumed.code[-1]["sha256"]
-    assert resumed.code == [{"from_iter": 0, "sha256": "other"}, {"from_iter": 3, "sha256": today}]
+    assert resumed.code == [{"from_iter": 0, "sha256": "e" * 64}, {"from_iter": 3, "sha256": today}]
     run(resumed)
     assert find_newest(resumed.checkpoints, 6).state["code"] == resumed.code
     monkeypatch.delenv("ENCORE_RESUME_OTHER_CODE")

@@ -1,12 +1,13 @@
 """A token folder made by plain loops over lists, and what a recount of it must find."""
 
 import hashlib
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 from encore.ranks import write_ranks
-from tests.sealed import write_with_seal
+from tests.sealed import change_sealed, write_with_seal
 
 Documents = list[list[int]]
 # What a manifest says beside what the bytes tell.
@@ -29,6 +30,16 @@ def make_ranks(vocab_size: int) -> dict[bytes, int]:
     """Ranks of 1 to 15 bytes; the end-of-text token has the id after them."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     return ranks | {b"%d" % number * (1 + number % 3): number for number in range(256, vocab_size - 1)}
+
+
+def replace_shard(folder: Path, name: str, data: bytes) -> None:
+    """Gives a shard other bytes of the same size, and the manifest their hash."""
+    (folder / name).write_bytes(data)
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    for entry in [*shards["train"], *shards["val"]]:
+        if entry["name"] == name:
+            entry["sha256"] = hashlib.sha256(data).hexdigest()
+    change_sealed(folder / "manifest.json", shards=shards)
 
 
 def make_documents(lengths: list[int], vocab_size: int, seed: int) -> Documents:
