@@ -5,7 +5,7 @@ use, and partial ones beside them, continued where they ended.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from encore.threads import Threads
 from encore.transfer import RemoteFile
 
 FOOTERS_AT_ONCE = 8
+LISTING_SECONDS = 300.0
 TAIL_BYTES = 65_536  # holds most footers; a longer one is asked for again, as a whole
 
 
@@ -241,7 +242,7 @@ def _list(repository: str, commit: str | None, kind: str = "dataset") -> Listing
     what = f"hf:{repository}" + (f" at {commit}" if commit else "")
     with _failing_plainly():
         try:
-            found = persist(what, ask, threading.Event())
+            found = persist(what, partial(_in_time, ask), threading.Event())
         except (KeyError, TypeError, ValueError) as error:
             raise EncoreError(
                 f"hf:{repository}: what answers is no Hub ({type(error).__name__}); check the spelling, HF_ENDPOINT "
@@ -255,6 +256,15 @@ def _list(repository: str, commit: str | None, kind: str = "dataset") -> Listing
     if any(file.path.is_absolute() or ".." in file.path.parts for file in found.files):
         raise EncoreError(f"hf:{repository} lists a file outside its own folder; do not use it")
     return found
+
+
+def _in_time(ask: Callable[[], Listing]) -> Listing | Trouble:
+    """huggingface_hub waits for as long as a byte comes now and then."""
+    with Threads(1) as threads:
+        try:
+            return threads.call(ask, LISTING_SECONDS)
+        except TimeoutError:
+            return Trouble(f"its list of files has not arrived within {LISTING_SECONDS:.0f} seconds", again=False)
 
 
 @contextmanager

@@ -78,14 +78,14 @@ def is_right(path: Path, sha256: str) -> bool:
     """
     mark, line = _mark_of(path), _describe(path, sha256)
     with suppress(OSError):
-        if mark.read_text() == line:
+        if mark.read_bytes() == line:
             return True
     if sha256_of(path) != sha256:
         return False
     settled = time.time() - max(path.stat().st_mtime, path.stat().st_ctime) > SETTLED_SECONDS
     if settled and _describe(path, sha256) == line:  # nobody has written meanwhile
         with suppress(OSError):
-            write_whole(mark, line.encode())
+            write_whole(mark, line)
     return True
 
 
@@ -94,6 +94,12 @@ def _mark_of(path: Path) -> Path:
     return scratch_folder() / MARKS / hashlib.sha256(os.fsencode(place)).hexdigest()[:32]
 
 
-def _describe(path: Path, sha256: str) -> str:
+def _describe(path: Path, sha256: str) -> bytes:
     found = path.stat()
-    return f"{sha256} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}\n"
+    return b"%s %d %d %d %d\n" % (
+        sha256.encode(),
+        found.st_ino,
+        found.st_size,
+        found.st_mtime_ns,
+        found.st_ctime_ns,
+    )

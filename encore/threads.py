@@ -41,6 +41,10 @@ class Threads:
         while waiting:
             yield waiting.popleft().result()
 
+    def call(self, function: Callable[[], Result], seconds: float) -> Result:
+        """function(). Raises TimeoutError where it takes longer, and leaves it to its thread."""
+        return self._submit(lambda _: function(), None).result(seconds)
+
     def run_all(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """function(item) of all items. Raises what the first of them to fail raises, and waits for no other then."""
         futures = [self._submit(function, item) for item in items]

@@ -41,7 +41,8 @@ class Fault:
 
     kind: `status` answers with that status, `reset` breaks the connection off with a reset and `end` in order, `stall`
     stops sending until the Hub's `go_on`, each after so many bytes of the body (after_bytes None: before the header);
-    `damage` and `damage_end` change the first and the last byte; `no_range` sends all whatever part is wanted.
+    `damage` and `damage_end` change the first and the last byte; `no_range` sends all whatever part is wanted;
+    `flood` goes on after the body with 64 MB of zeros.
     """
 
     kind: str
@@ -239,6 +240,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send(status, body, headers, name)
         elif fault.kind == "status":
             self.send(fault.status, b"", fault.headers)
+        elif fault.kind == "flood":
+            self.send(status, body + bytes(64_000_000), headers, name)
         elif fault.kind == "damage":
             self.send(status, bytes([body[0] ^ 1]) + body[1:], headers, name)
         elif fault.kind == "damage_end":

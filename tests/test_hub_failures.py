@@ -1,5 +1,6 @@
 """hf:OWNER/NAME: how a Hub refuses, is ill or out of reach, and that the token is nowhere afterwards."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from encore import hub as hub_module
 from encore import retries, transfer
 from encore.errors import EncoreError
 from encore.hub import DataSet, fetch_model, newest_commit
 from encore.raw_folder import RawFolder
-from encore.sources import fetch
+from encore.sources import current_revision, fetch
 from tests.hub import ALWAYS, COMMIT, LISTING, REPOSITORY, Fault, Hub, connected, serving
 from tests.text_sources import PLENTY, parquet_bytes, sha256, want
 
@@ -97,6 +99,51 @@ def test_a_file_outside_itself(hub: Hub, fetch_folder: Path) -> None:
     hub.files["../train-escape.parquet"] = b"x"
     with pytest.raises(EncoreError, match="lists a file outside its own folder"):
         fetch_hub(fetch_folder)
+
+
+def test_a_tail_that_does_not_end_is_cut_off(hub: Hub, fetch_folder: Path) -> None:
+    hub.faults[f"{NAMES[0]}#tail"] = [Fault("flood", ALWAYS)]
+    with pytest.raises(EncoreError, match=r"\(more comes than the [\d,]+ bytes that were asked for\)"):
+        fetch_hub(fetch_folder)
+    assert hub.bytes_served[f"{NAMES[0]}#tail"] < 32_000_000  # what sockets hold, and no more
+
+
+def test_a_file_that_hardly_comes_is_given_up(
+    hub: Hub, fetch_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However many bytes each try brings."""
+    text = random.Random(0).randbytes(400_000).hex()
+    hub.files = {NAMES[0]: parquet_bytes([text])}
+    monkeypatch.setattr(transfer, "PACE_SECONDS", 0.03)
+    monkeypatch.setattr(transfer, "LEAST_BYTES", 10**6)
+    monkeypatch.setattr(transfer, "read_tail", lambda *_: None)  # so that the whole file is fetched first
+    hub.seconds_for_piece = 0.02
+    with pytest.raises(EncoreError, match=r"\(it sends less than a kilobyte a second\).*is kept$"):
+        fetch_hub(fetch_folder)
+    notes = capsys.readouterr().err
+    assert notes.count("it sends less than a kilobyte a second; trying again") == retries.TRIES - 1
+    kept = Path("scratch/hub/owner--corpus", COMMIT, f"{NAMES[0]}.partial").stat().st_size
+    assert 0 < kept < len(hub.files[NAMES[0]])
+    monkeypatch.setattr(transfer, "LEAST_BYTES", 1)
+    assert fetch_hub(fetch_folder).text_bytes >= len(text)
+
+
+def test_a_list_that_hardly_comes_is_given_up(hub: Hub, fetch_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "LISTING_SECONDS", 0.2)
+    hub.faults[LISTING] = [Fault("stall", ALWAYS, after_bytes=10)]
+    with pytest.raises(EncoreError, match=r"\(its list of files has not arrived within 0 seconds\)"):
+        fetch_hub(fetch_folder)
+
+
+def test_a_footer_that_claims_to_be_huge(hub: Hub, fetch_folder: Path) -> None:
+    content = SHARDS[NAMES[0]]
+    hub.files[NAMES[0]] = content[:-8] + (400_000_000).to_bytes(4, "little") + b"PAR1"
+    with pytest.raises(EncoreError, match=r"train-00000\S+ claims a footer of 400,000,000 bytes, and"):
+        fetch_hub(fetch_folder)
+    Path("a.parquet").write_bytes(hub.files[NAMES[0]])
+    revision = current_revision("files:a.parquet")
+    with pytest.raises(EncoreError, match=r"^a\.parquet claims a footer of 400,000,000 bytes, .* or leave it out$"):
+        fetch("files:a.parquet", revision, want(PLENTY), fetch_folder, Path("scratch"))
 
 
 def test_no_network(fetch_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
