@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,10 @@ if "stages.train" in sys.orig_argv:
 
     checkpoint.Saver.save = save_and_wait
 """
+
+
+STATIC = "--nnodes=2 --nproc-per-node=1 --node-rank={node} --master-addr=127.0.0.1 --master-port={port}"
+C10D = "--nnodes=2 --nproc-per-node=1 --local-addr=127.0.0.1 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port}"
 
 
 def write_run(folder: Path, tokens: Path, **changes: Any) -> Path:
@@ -117,6 +121,18 @@ def launch_settings(folder: Path, arguments: str) -> dict[str, str]:
 def launched(folder: Path, arguments: str) -> AbstractContextManager[subprocess.Popen]:
     """`python -m stages.train` under torchrun."""
     return started(folder, "stages.train", **launch_settings(folder, arguments))
+
+
+@contextmanager
+def two_machines(folders: list[Path], arguments: str) -> Iterator[list[subprocess.Popen]]:
+    """The stage on two machines with a rank each."""
+    port = find_port()
+    with ExitStack() as stack:
+        agents = [
+            stack.enter_context(launched(folder, arguments.format(node=node, port=port)))
+            for node, folder in enumerate(folders)
+        ]
+        yield agents
 
 
 @contextmanager

@@ -8,11 +8,8 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +25,8 @@ from encore.params import load_params
 from encore.token_files import manifest_sha256
 from tests.conftest import TINY, copy_repository, run_dvc, write_page
 from tests.ranks import (
+    C10D,
+    STATIC,
     at_checkpoint,
     end,
     find_port,
@@ -35,6 +34,7 @@ from tests.ranks import (
     launched,
     ranks_of,
     start_two_ranks,
+    two_machines,
     wait_for_end,
     write_run,
     write_walk,
@@ -42,8 +42,6 @@ from tests.ranks import (
 
 TWO = "--standalone --nproc-per-node=2"
 ALL_GPUS = ["--standalone", "--nproc-per-node=gpu"]
-STATIC = "--nnodes=2 --nproc-per-node=1 --node-rank={node} --master-addr=127.0.0.1 --master-port={port}"
-C10D = "--nnodes=2 --nproc-per-node=1 --local-addr=127.0.0.1 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port}"
 # Long enough to be stopped several times on the way.
 LONG = {
     **TINY,
@@ -264,18 +262,6 @@ def test_a_rank_that_is_killed_is_started_again(undisturbed, tmp_path):
                 os.kill(ranks_of(agent)[rank], signal.SIGKILL)
         end(agent, exit_code=0)
     assert results(folder) == undisturbed.results
-
-
-@contextmanager
-def two_machines(folders: list[Path], arguments: str) -> Iterator[list[subprocess.Popen]]:
-    """The stage on two machines with a rank each."""
-    port = find_port()
-    with ExitStack() as stack:
-        agents = [
-            stack.enter_context(launched(folder, arguments.format(node=node, port=port)))
-            for node, folder in enumerate(folders)
-        ]
-        yield agents
 
 
 @linux
