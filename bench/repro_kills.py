@@ -22,36 +22,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from ruamel.yaml import YAML
 
-from encore.local_files import hash_files, hash_names_and_contents, list_files
+from bench.tiny_repository import ROOT, make_repository
 
-ROOT = Path(__file__).parent.parent
 KILLS_A_ROUND = 5
 SECONDS_TO_END = 60
 # What a clock does not change.
 RESULTS = ("data/raw/*", "data/tokens/*", "model/*.safetensors", "model/*.json", "metrics/t*", "metrics/eval.tsv")
-PAGE = {
-    "dataset": "files:corpus/*.py",
-    "token_cap": 60_000,
-    "val_fraction": 0.1,
-    "vocab_size": 512,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 32,
-    "block_size": 32,
-    "batch_size": 4,
-    "gradient_accumulation_steps": 1,
-    "max_iters": 60,
-    "warmup_iters": 5,
-    "checkpoint_interval": 5,
-    "eval_interval": 20,
-    "eval_iters": 2,
-    "log_interval": 5,
-    "num_samples": 1,
-    "max_new_tokens": 10,
-    "compile": False,
-}
+
+
+Way = Callable[[Path, psutil.Process, float], bool]
 
 
 def main() -> None:
@@ -64,7 +44,7 @@ def main() -> None:
     draw.shuffle(ways)
 
     with tempfile.TemporaryDirectory() as place:
-        template = make_template(Path(place, "template"))
+        template = make_repository(Path(place, "template"))
         started = time.monotonic()
         undisturbed = finish(clone(template, Path(place, "undisturbed")))
         seconds = time.monotonic() - started
@@ -89,22 +69,6 @@ def main() -> None:
     sys.exit(not all(endings))
 
 
-def make_template(folder: Path) -> Path:
-    """A clone of what is committed here, on a tiny page and a small corpus, with this .venv."""
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
-    (folder / "corpus").mkdir()
-    for path in sorted((ROOT / "encore").glob("*.py")):
-        shutil.copy(path, folder / "corpus")
-    yaml = YAML()
-    page = yaml.load((folder / "params.yaml").read_text())
-    page.update(PAGE)
-    page["dataset_revision"] = hash_names_and_contents(hash_files(list_files(f"{folder}/corpus/*.py")))
-    yaml.dump(page, folder / "params.yaml")
-    for command in ("git add -A", "git -c user.name=x -c user.email=x@localhost commit -qm tiny"):
-        subprocess.run(command.split(), cwd=folder, check=True)
-    return folder
-
-
 def clone(template: Path, folder: Path) -> Path:
     subprocess.run(["git", "clone", "-q", str(template), str(folder)], check=True)
     (folder / ".venv").symlink_to(ROOT / ".venv")
@@ -127,7 +91,7 @@ def finish(folder: Path) -> dict[str, str] | None:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def start_and_kill(folder: Path, seconds: float, way: Callable[[Path, psutil.Process, float], bool], moment: float):
+def start_and_kill(folder: Path, seconds: float, way: Way, moment: float) -> bool:
     """Starts `make repro` and ends it after some seconds. Whether there was something to kill. Waits for what is left
     to stop in order."""
     with start(folder) as make:
@@ -138,7 +102,7 @@ def start_and_kill(folder: Path, seconds: float, way: Callable[[Path, psutil.Pro
             root = psutil.Process(make.pid)
             below = root.children(recursive=True)
             done = way(folder, root, moment)
-            gone, alive = psutil.wait_procs([root, *below], SECONDS_TO_END)
+            _, alive = psutil.wait_procs([root, *below], SECONDS_TO_END)
             for process in alive:
                 print(f"  still alive: {process.cmdline()}", flush=True)
                 process.kill()
@@ -157,23 +121,25 @@ def find(root: psutil.Process, word: str) -> list[psutil.Process]:
     return found
 
 
-def kill_stage(folder: Path, root: psutil.Process, moment: float) -> bool:
-    stages = find(root, "stages.")
-    for process in stages:
-        process.kill()
-    if not stages:  # dvc is between two stages: let it come to the next one
-        root.children(recursive=True)
-        os.killpg(root.pid, signal.SIGKILL)
-    return bool(stages)
-
-
-def kill_dvc(folder: Path, root: psutil.Process, moment: float) -> bool:
-    found = find(root, "dvc")
+def end(found: list[psutil.Process], root: psutil.Process, number: signal.Signals) -> bool:
+    """Sends the signal. Where nothing was found, all are killed, so that the next try begins anew, and it is False."""
     for process in found:
-        process.kill()
+        process.send_signal(number)
     if not found:
         os.killpg(root.pid, signal.SIGKILL)
     return bool(found)
+
+
+def kill_stage(folder: Path, root: psutil.Process, moment: float) -> bool:
+    return end(find(root, "stages."), root, signal.SIGKILL)
+
+
+def terminate_stage(folder: Path, root: psutil.Process, moment: float) -> bool:
+    return end(find(root, "stages.")[-1:], root, signal.SIGTERM)
+
+
+def kill_dvc(folder: Path, root: psutil.Process, moment: float) -> bool:
+    return end(find(root, "dvc"), root, signal.SIGKILL)
 
 
 def kill_group(folder: Path, root: psutil.Process, moment: float) -> bool:
@@ -186,13 +152,7 @@ def interrupt_group(folder: Path, root: psutil.Process, moment: float) -> bool:
     return True
 
 
-def terminate_stage(folder: Path, root: psutil.Process, moment: float) -> bool:
-    found = find(root, "stages.") or [root]
-    found[-1].terminate()
-    return found[-1] != root
-
-
-def cut_off(name: str, if_missing: bytes) -> Callable[[Path, psutil.Process, float], bool]:
+def cut_off(name: str, if_missing: bytes) -> Way:
     """dvc is killed, and a file that it writes in place is left as far as it had come."""
 
     def kill_and_cut(folder: Path, root: psutil.Process, moment: float) -> bool:
@@ -214,7 +174,7 @@ def lock_index(folder: Path, root: psutil.Process, moment: float) -> bool:
     return done
 
 
-WAYS: dict[str, Callable[[Path, psutil.Process, float], bool]] = {
+WAYS: dict[str, Way] = {
     "the stage, by kill -9": kill_stage,
     "the stage, by SIGTERM": terminate_stage,
     "dvc, by kill -9": kill_dvc,
