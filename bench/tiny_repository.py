@@ -11,7 +11,7 @@ from encore.local_files import hash_files, hash_names_and_contents, list_files
 
 ROOT = Path(__file__).parent.parent
 PAGE = {
-    "dataset": "files:corpus/*.py",
+    "dataset": "files:corpus/*.txt",
     "token_cap": 60_000,
     "val_fraction": 0.1,
     "vocab_size": 512,
@@ -38,11 +38,11 @@ def make_repository(folder: Path, **changes: Any) -> Path:
     subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
     (folder / "corpus").mkdir()
     for path in sorted((ROOT / "encore").glob("*.py")):
-        shutil.copy(path, folder / "corpus")
+        shutil.copy(path, folder / "corpus" / f"{path.stem}.txt")
     yaml = YAML()
     page = yaml.load((folder / "params.yaml").read_text())
     page.update({**PAGE, **changes})
-    page["dataset_revision"] = hash_names_and_contents(hash_files(list_files(f"{folder}/corpus/*.py")))
+    page["dataset_revision"] = hash_names_and_contents(hash_files(list_files(f"{folder}/corpus/*.txt")))
     yaml.dump(page, folder / "params.yaml")
     for command in ("git add -A", "git -c user.name=x -c user.email=x@localhost commit -qm tiny"):
         subprocess.run(command.split(), cwd=folder, check=True)
