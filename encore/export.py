@@ -1,6 +1,5 @@
 """model/: the trained weights in Hugging Face's format for their architecture, and the way back."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,14 @@ from safetensors.torch import load_file
 
 from encore.errors import EncoreError
 from encore.files import sha256_of, write_json, write_whole
-from encore.init_from import CONFIG, RECORD, WEIGHTS, bring_model_back, read_record
+from encore.init_from import CONFIG, RECORD, WEIGHTS, check_hashes, read_record
 from encore.initial_vocabulary import is_other_vocabulary
 from encore.json_files import read_json, write_sealed
 from encore.models import gpt2_hub, nanochat_hub
 from encore.models.architectures import Config, Model, make_model
 from encore.models.gpt2 import GPT2, GPT2Config
 from encore.models.nanochat import NanoChat
-from encore.schemas import HubConfig, ModelRecord
+from encore.schemas import HubConfig
 from encore.tensor_files import check_finite, save_tensors
 from encore.token_files import RANKS_FILE
 
@@ -52,7 +51,7 @@ def load_model(folder: Path) -> Model:
     """
     record = read_record(folder)
     if record:
-        check_hashes(folder, record)
+        check_hashes(folder, record, READ)
     hub_config = read_json(folder / CONFIG, HubConfig, "`dvc repro train` makes it, and --model names another folder")
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -68,16 +67,6 @@ def load_model(folder: Path) -> Model:
         raise EncoreError(f"{folder / WEIGHTS} is missing; `dvc repro train` makes it") from None
     except (AttributeError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise EncoreError(f"{folder} holds no model that fits its {CONFIG} ({error}); `dvc repro -f train`") from None
-
-
-def check_hashes(folder: Path, record: ModelRecord, names: Sequence[str] = READ) -> None:
-    """Raises EncoreError where one of these files of a model has other bytes than when `record` was written. Folders
-    of Encore before it wrote hashes have none."""
-    hashes = record.get("files_sha256", {})
-    there = [name for name in names if name in hashes and (folder / name).exists()]
-    if other := [name for name in there if sha256_of(folder / name) != hashes[name]]:
-        spelt = " and ".join(str(folder / name) for name in other)
-        raise EncoreError(f"{spelt}: other bytes than {folder / RECORD} has the hash of; {bring_model_back(folder)}")
 
 
 def load_initial(folder: Path, config: Config, ranks: bytes) -> Model:

@@ -6,10 +6,12 @@ brings the weights to data/init, where the train stage finds them without a netw
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from encore.errors import EncoreError, bring_back
+from encore.files import sha256_of
 from encore.json_files import parse_old_too
 from encore.schemas import ModelRecord
 
@@ -115,6 +117,16 @@ def bring_model_back(folder: Path) -> str:
 def parse_record(data: bytes, what: str, way_out: str) -> ModelRecord:
     """As `read_record`, of bytes that messages call `what`."""
     return parse_old_too(data, ModelRecord, what, way_out)
+
+
+def check_hashes(folder: Path, record: ModelRecord, names: Iterable[str]) -> None:
+    """Raises EncoreError where one of these files of a model has other bytes than when `record` was written. Folders
+    of Encore before it wrote hashes have none."""
+    hashes = record.get("files_sha256", {})
+    there = [name for name in names if name in hashes and (folder / name).exists()]
+    if other := [name for name in there if sha256_of(folder / name) != hashes[name]]:
+        spelt = " and ".join(str(folder / name) for name in other)
+        raise EncoreError(f"{spelt}: other bytes than {folder / RECORD} has the hash of; {bring_model_back(folder)}")
 
 
 def read_shape(folder: Path) -> Shape:

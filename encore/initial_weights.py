@@ -6,7 +6,17 @@ from pathlib import Path
 
 from encore.files import link_or_copy, sha256_of
 from encore.hub import fetch_model
-from encore.init_from import CONFIG, PUBLISHED, SCRATCH, TOKENIZERS, WEIGHTS, find_files, read_shape
+from encore.init_from import (
+    CONFIG,
+    PUBLISHED,
+    SCRATCH,
+    TOKENIZERS,
+    WEIGHTS,
+    check_hashes,
+    find_files,
+    read_record,
+    read_shape,
+)
 from encore.json_files import write_sealed
 
 MANIFEST = "manifest.json"
@@ -24,6 +34,8 @@ def fetch_initial(init_from: str, folder: Path, scratch: Path) -> None:
     elif init_from != SCRATCH:
         read_shape(Path(init_from))
         paths = find_files(Path(init_from))
+        if record := read_record(Path(init_from)):
+            check_hashes(Path(init_from), record, [path.name for path in paths])
         for path in paths:
             # A copy: DVC would make a hard link, and the user's file with it, read-only.
             shutil.copyfile(path, folder / path.name)

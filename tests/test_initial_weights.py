@@ -17,7 +17,7 @@ from encore.init_from import PUBLISHED
 from encore.initial_weights import fetch_initial
 from tests.conftest import SMALL, run_dvc, write_page
 from tests.hub import ALWAYS, COMMIT, REPOSITORY, Fault, Hub, connected, serving
-from tests.sealed import read_with_seal
+from tests.sealed import read_with_seal, write_with_seal
 from tests.text_sources import sha256
 
 SECRET = "hf_SeCrEtToKeN"
@@ -155,6 +155,21 @@ def test_a_folder_is_copied_and_stays_the_users(fetch_folder: Path) -> None:
     for name, content in files.items():
         assert (weights / name).read_bytes() == content
         assert (weights / name).stat().st_mode & 0o200
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_file_that_is_not_the_one_of_the_record_is_refused(fetch_folder: Path, name: str) -> None:
+    folder = write_weights(Path("weights"))
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    hashes = {path.name: sha256(path.read_bytes()) for path in folder.iterdir()}
+    write_with_seal(folder / "encore.json", {"bias": False, "files_sha256": hashes})
+    fetch(fetch_folder, "weights/")
+    (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+    with pytest.raises(EncoreError) as error:
+        fetch(fetch_folder, "weights/")
+    assert str(error.value) == (
+        f"weights/{name}: other bytes than weights/encore.json has the hash of; bring weights back from where it came"
+    )
 
 
 def write_weights(folder: Path) -> Path:
