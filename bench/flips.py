@@ -50,7 +50,7 @@ class Command:
 TRAINED = ("model/*", "metrics/train.tsv", "metrics/eval.tsv")
 EVALUATED = ("metrics/eval.json", "metrics/position.tsv", "metrics/samples.md")
 COMMANDS = {
-    "download": Command(("stages.download",), ("data/raw/*", "data/init/*"), ("corpus/*", "start/*")),
+    "download": Command(("stages.download",), ("data/raw/*", "data/init/*"), ("corpus/s*", "start/*")),
     "tokenize": Command(("stages.tokenize",), ("data/tokens/*",), ("data/raw/*",)),
     "tokenize, from kept parts": Command(
         ("stages.tokenize",), ("data/tokens/*",), (".parts/tokens/*/*", ".parts/tokens/*/*/*")
@@ -71,7 +71,7 @@ COMMANDS = {
     "verify": Command(
         ("encore.verify",), (), ("data/*/*", "model/*", "metrics/*", ".dvc/cache/files/md5/*/*", "dvc.lock")
     ),
-    "mend": Command(("encore.mend",), ("dvc.lock",), ("dvc.lock",)),
+    "mend": Command(("encore.mend",), (), ("dvc.lock",)),
     "check_params": Command(("stages.check_params",), ("data/params_checked",), ("params.yaml", "dvc.yaml")),
 }
 # Pages that say what is to be done: another one is another wish, which git shows. No traceback is all that is asked.
@@ -140,7 +140,7 @@ def prepare(folder: Path) -> Path:
 
 
 def run(base: Path, command: Command, folder: Path, flip: tuple[Path, int] | None) -> tuple[str, str, str]:
-    """How the command ends in a copy of the repository with that bit flipped, a hash of its result, and what it said."""
+    """How the command ends in a copy of the repository with that bit flipped, its result's hash, and what it said."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(base, folder, symlinks=True, copy_function=shutil.copy2)
     for name in command.gone:

@@ -71,14 +71,10 @@ def load_results(revision: Revision) -> Results:
     """Reads all of a run. Raises EncoreError where a file is missing, since the run has not ended or never began, or is
     not the one that dvc.lock has the hash of."""
     lock = read_yaml(revision, "dvc.lock", Lockfile).get("stages", {})
-
-    def read(path: str) -> bytes:
-        return check_lock(_need(revision, path), path, lock)
-
-    metrics = {path: parse_json(read(path), Metrics, path, WAY_OUT) for path in METRICS}
-    run = parse_json(read(METRICS[0]), RunMetrics, METRICS[0], WAY_OUT)
-    parse_json(read(METRICS[1]), EvalMetrics, METRICS[1], WAY_OUT)
-    curves = {name: read_tsv(read(f"metrics/{name}.tsv")) for name in CURVES}
+    schemas = dict(zip(METRICS, (RunMetrics, EvalMetrics, Metrics), strict=True))
+    metrics: dict[str, Any] = {path: read_metrics(revision, path, schemas[path], lock) for path in METRICS}
+    run = metrics[METRICS[0]]
+    curves = {name: read_tsv(_need_checked(revision, f"metrics/{name}.tsv", lock)) for name in CURVES}
     add_clocks(curves, tokens_per_iter=run["tokens_seen"] // run["iter"])
     position = revision.read(POSITION)
     samples = revision.read_output(SAMPLES)
@@ -94,6 +90,15 @@ def load_results(revision: Revision) -> Results:
         edited=[param.key for param in page if used.get(param.key, param.value) != param.value],
         lock=lock,
     )
+
+
+def read_metrics(revision: Revision, path: str, schema: type[T], lock: dict[str, LockedStage]) -> T:
+    """The content of a file of METRICS."""
+    return parse_json(_need_checked(revision, path, lock), schema, path, WAY_OUT)
+
+
+def _need_checked(revision: Revision, path: str, lock: dict[str, LockedStage]) -> bytes:
+    return check_lock(_need(revision, path), path, lock)
 
 
 def _need(revision: Revision, path: str) -> bytes:

@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from encore.errors import run_stage
-from encore.json_files import read_json
-from encore.schemas import EvalMetrics, RunMetrics
+from encore.results import SAMPLES, check_lock, read_metrics, read_yaml
+from encore.revisions import WORKSPACE, find_revision
+from encore.schemas import EvalMetrics, Lockfile, RunMetrics
 
-METRICS = Path("metrics")
 SAMPLE_LINES = 24
-WAY_OUT = "`dvc repro` makes it"
 
 
 def main() -> None:
-    run = read_json(METRICS / "metrics.json", RunMetrics, WAY_OUT)
-    print_table(summary_rows(run, read_json(METRICS / "eval.json", EvalMetrics, WAY_OUT)["eval"]))
-    print("\n" + first_sample((METRICS / "samples.md").read_text(encoding="utf-8")))
+    here = find_revision(WORKSPACE)
+    lock = read_yaml(here, "dvc.lock", Lockfile).get("stages", {})
+    run = read_metrics(here, "metrics/metrics.json", RunMetrics, lock)
+    evaluation = read_metrics(here, "metrics/eval.json", EvalMetrics, lock)["eval"]
+    print_table(summary_rows(run, evaluation))
+    print("\n" + first_sample(check_lock(Path(SAMPLES).read_bytes(), SAMPLES, lock).decode()))
     print(
         "\nModel: model/    More samples: metrics/samples.md    Log: training.log"
         '\nAll of it on a page: report.html    Beside other runs: make report EXPERIMENTS="workspace NAME"'

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -233,3 +234,70 @@ def test_a_published_tokenizer_with_other_bytes_is_refused(tmp_path: Path) -> No
     (tmp_path / "raw/ranks.tiktoken").write_bytes(b"As published")
     with pytest.raises(EncoreError, match=r"raw/ranks\.tiktoken has other bytes"):
         check_raw(tmp_path / "raw", 1)
+
+
+def test_texts_that_stand_in_many_rows_are_in_memory_once(tmp_path: Path) -> None:
+    """A few hundred bytes of a file can mean gigabytes."""
+    path = tmp_path / "a.parquet"
+    text = "x" * 1_000_000
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), pa.array([text]))
+    pq.write_table(pa.table({"text": column}), path)
+    assert path.stat().st_size < 60_000
+    before = pa.total_allocated_bytes()
+    largest = 0
+    for number, (row, read) in enumerate(read_documents(list_row_groups([path], "text"), "text")):
+        assert row == number
+        assert len(read) == 1_000_000
+        largest = max(largest, pa.total_allocated_bytes() - before)
+    assert number == 2999
+    assert largest < 20_000_000
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_rows_without_text_cost_next_to_nothing(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "a.parquet"
+    nothing = pa.array([text], pa.string()).take(pa.array(np.zeros(2_000_000, np.int32)))
+    pq.write_table(pa.table({"text": pa.chunked_array([nothing, pa.array(["end"])])}), path, row_group_size=2_000_001)
+    before = pa.total_allocated_bytes()
+    documents = read_documents(list_row_groups([path], "text"), "text")
+    assert next(documents) == (2_000_000, b"end")
+    assert pa.total_allocated_bytes() - before < 20_000_000
+    assert list(documents) == []
+
+
+@pytest.mark.parametrize("encoding", ["DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY"])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_other_encodings_give_the_same_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, by_row: bool
+) -> None:
+    if by_row:
+        monkeypatch.setattr(documents, "WHOLE_GROUP_BYTES", 0)
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": TEXTS})
+    pq.write_table(table, path, row_group_size=60, use_dictionary=False, column_encoding={"text": encoding})
+    assert list(read_documents(list_row_groups([path], "text"), "text")) == UTF8
+
+
+def test_differences_of_long_texts_are_read_one_at_a_time(tmp_path: Path) -> None:
+    """Each of these is the one before it and a letter."""
+    path = tmp_path / "a.parquet"
+    texts = ["x" * (1_000_000 + number) for number in range(60)]
+    table = pa.table({"text": texts})
+    pq.write_table(table, path, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"})
+    assert path.stat().st_size < 200_000
+    before, largest = pa.total_allocated_bytes(), 0
+    for number, read in read_documents(list_row_groups([path], "text"), "text"):
+        assert len(read) == 1_000_000 + number
+        largest = max(largest, pa.total_allocated_bytes() - before)
+    assert number == 59
+    assert largest < 20_000_000
+
+
+def test_a_row_group_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"text {number}" for number in range(1000)]}), path, compression="zstd")
+    data = bytearray(path.read_bytes())
+    data[60:200] = bytes(140)
+    path.write_bytes(data)
+    with pytest.raises(EncoreError, match=rf"^{path}: row group 0 cannot be read \(.*\); mend the file where it comes"):
+        list(read_documents(list_row_groups([path], "text"), "text"))

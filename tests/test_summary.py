@@ -78,6 +78,7 @@ def test_the_whole_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     (metrics / "metrics.json").write_text(json.dumps(RUN))
     (metrics / "eval.json").write_text(json.dumps({"eval": EVALUATION}))
     (metrics / "samples.md").write_text("~~~~~~text\nöäü 中\n~~~~~~\n", encoding="utf-8")
+    (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
     summary.main()
     out = capsys.readouterr().out
     assert [part in out for part in ("val/loss               3.2693", "  | öäü 中", "training.log")] == [True] * 3
@@ -86,5 +87,5 @@ def test_the_whole_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_before_the_first_run_it_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(EncoreError, match=r"^metrics/metrics\.json is missing; `dvc repro` makes it$"):
+    with pytest.raises(EncoreError, match=r"^dvc\.lock is missing; a report wants a finished run, which `dvc repro`"):
         summary.main()
