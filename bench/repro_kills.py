@@ -54,8 +54,11 @@ def main() -> None:
         while ways:
             folder = clone(template, Path(place, f"round-{len(endings)}"))
             for _ in range(min(KILLS_A_ROUND, len(ways))):
-                after_seconds, moment = draw.uniform(0.3, seconds), draw.random()
-                if start_and_kill(folder, after_seconds, WAYS[ways[-1]], moment):
+                after_seconds, moment = draw.uniform(0.3, seconds * 0.7), draw.random()
+                done = start_and_kill(folder, after_seconds, WAYS[ways[-1]], moment)
+                if done is None:
+                    break
+                if done:
                     print(f"{ways[-1]}: after {after_seconds:.1f} s", flush=True)
                     killed[ways.pop()] += 1
             endings.append(finish(folder) == undisturbed)
@@ -91,13 +94,13 @@ def finish(folder: Path) -> dict[str, str] | None:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def start_and_kill(folder: Path, seconds: float, way: Way, moment: float) -> bool:
-    """Starts `make repro` and ends it after some seconds. Whether there was something to kill. Waits for what is left
-    to stop in order."""
+def start_and_kill(folder: Path, seconds: float, way: Way, moment: float) -> bool | None:
+    """Starts `make repro` and ends it after some seconds. Whether there was something to kill; None where it was done
+    before. Waits for what is left to stop in order."""
     with start(folder) as make:
         try:
             make.wait(seconds)
-            return False
+            return None
         except subprocess.TimeoutExpired:
             root = psutil.Process(make.pid)
             below = root.children(recursive=True)
