@@ -54,7 +54,7 @@ def main() -> None:
         while ways:
             folder = clone(template, Path(place, f"round-{len(endings)}"))
             for _ in range(min(KILLS_A_ROUND, len(ways))):
-                after_seconds, moment = draw.uniform(0.3, seconds * 0.7), draw.random()
+                after_seconds, moment = draw.uniform(0.3, seconds * 0.4), draw.random()
                 done = start_and_kill(folder, after_seconds, WAYS[ways[-1]], moment)
                 if done is None:
                     break
