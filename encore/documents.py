@@ -23,9 +23,10 @@ from encore.schemas import RanksEntry, RawFileEntry, RawManifest
 RAW_MANIFEST = "manifest.json"
 WAY_OUT = bring_back("data/raw", "download")
 READ_BYTES = 2**20
-# A row group is decoded many rows at a time up to this size, and one row at a time above it.
-WHOLE_GROUP_BYTES = 16_000_000
+# Rows are decoded together that hold so much text by the average of their row group, and never more than BATCH_ROWS.
+BATCH_BYTES = 16_000_000
 BATCH_ROWS = 4096
+DIFFERENCES_ROWS = 64  # where each text can be a few bytes of the file and a copy of the one before
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,8 @@ def list_row_groups(files: list[Path], text_column: str) -> list[RowGroup]:
 def read_documents(groups: list[RowGroup], text_column: str) -> Iterator[tuple[int, bytes]]:
     """Yields the number and UTF-8 text of each document that has text.
 
-    Memory: a row group of WHOLE_GROUP_BYTES, or of a larger one a page, which holds at least one document. A text that
-    stands in many rows is in memory once, however few bytes of the file say so. Raises EncoreError where a row group
-    cannot be read.
+    Memory: about BATCH_BYTES, or a page, which holds at least one document. A text that stands in many rows is in memory
+    once, however few bytes of the file say so. Raises EncoreError where a row group cannot be read.
     """
     for path, of_file in groupby(groups, key=lambda group: group.path):
         for group in of_file:
@@ -116,11 +116,11 @@ def read_documents(groups: list[RowGroup], text_column: str) -> Iterator[tuple[i
 
 def _read_batches(group: RowGroup, text_column: str) -> Iterator[pa.Array]:
     """The text column of a row group, some rows at a time; where the file has a dictionary, so has the column."""
-    rows = BATCH_ROWS if group.text_bytes <= WHOLE_GROUP_BYTES else 1
+    rows = max(1, min(BATCH_ROWS, BATCH_BYTES * group.documents // max(1, group.text_bytes)))
     as_dictionary = [text_column]
     if not any("DICTIONARY" in encoding for encoding in group.encodings):
-        as_dictionary = []  # pyarrow makes none of texts that stand in the file as differences from the one before ...
-        rows = 1 if "DELTA_BYTE_ARRAY" in group.encodings else rows  # ... of which each can be short and mean much
+        as_dictionary = []  # pyarrow can make none of texts that stand in the file as differences
+        rows = min(rows, DIFFERENCES_ROWS) if "DELTA_BYTE_ARRAY" in group.encodings else rows
     try:
         with pq.ParquetFile(
             group.path, buffer_size=READ_BYTES, pre_buffer=False, read_dictionary=as_dictionary

@@ -80,9 +80,9 @@ def test_the_size_of_a_row_group_is_that_of_its_text(tmp_path: Path) -> None:
         assert 0 <= group.text_bytes - sum(len(text) + 4 for text in texts[start : start + 20]) < 200
 
 
-@pytest.mark.parametrize(("whole_group_bytes", "rows"), [(10**6, {12, 13, 6}), (0, {1})])
+@pytest.mark.parametrize(("batch_bytes", "rows"), [(10**6, {12, 13, 6}), (0, {1})])
 def test_all_documents_are_read_in_order_by_row_group_or_by_row(
-    files: list[Path], monkeypatch: pytest.MonkeyPatch, whole_group_bytes: int, rows: set[int]
+    files: list[Path], monkeypatch: pytest.MonkeyPatch, batch_bytes: int, rows: set[int]
 ) -> None:
     read: list[int] = []
     texts_of = documents._texts_of
@@ -92,7 +92,7 @@ def test_all_documents_are_read_in_order_by_row_group_or_by_row(
         return texts_of(column, *where)
 
     monkeypatch.setattr(documents, "_texts_of", watched)
-    monkeypatch.setattr(documents, "WHOLE_GROUP_BYTES", whole_group_bytes)
+    monkeypatch.setattr(documents, "BATCH_BYTES", batch_bytes)
     groups = list_row_groups(files, "text")
     assert list(read_documents(groups, "text")) == UTF8
     assert set(read) == rows
@@ -101,16 +101,21 @@ def test_all_documents_are_read_in_order_by_row_group_or_by_row(
         assert list(read_documents(groups[first:stop], "text")) == [each for each in UTF8 if start <= each[0] < end]
 
 
-def test_a_row_group_of_just_the_size_is_decoded_whole_and_a_larger_one_by_row(
+def test_rows_are_decoded_together_up_to_a_size_by_the_average_of_their_group(
     files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (group,) = list_row_groups(files, "text")[:1]
     read: list[int] = []
     monkeypatch.setattr(documents, "_texts_of", lambda column, *_: read.append(len(column)) or iter(()))
-    for limit in (group.text_bytes, group.text_bytes - 1):
-        monkeypatch.setattr(documents, "WHOLE_GROUP_BYTES", limit)
+    for limit, expected in (
+        (group.text_bytes, [13]),
+        (group.text_bytes - 1, [12, 1]),
+        (group.text_bytes // 2, [6, 6, 1]),
+    ):
+        monkeypatch.setattr(documents, "BATCH_BYTES", limit)
         list(read_documents([group], "text"))
-    assert read == [13] + [1] * 13
+        assert read == expected
+        read.clear()
 
 
 @pytest.mark.parametrize("by_row", [False, True])
@@ -131,7 +136,7 @@ def test_any_kind_of_string_column_gives_the_same_documents(
     by_row: bool,
 ) -> None:
     if by_row:
-        monkeypatch.setattr(documents, "WHOLE_GROUP_BYTES", 0)
+        monkeypatch.setattr(documents, "BATCH_BYTES", 0)
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": as_column(TEXTS)}), path, row_group_size=60)
     assert list(read_documents(list_row_groups([path], "text"), "text")) == UTF8
@@ -166,7 +171,7 @@ def test_text_that_is_not_utf8_is_named_by_file_and_row(
     by_row: bool,
 ) -> None:
     if by_row:
-        monkeypatch.setattr(documents, "WHOLE_GROUP_BYTES", 0)
+        monkeypatch.setattr(documents, "BATCH_BYTES", 0)
     texts = [(text or "").encode() for text in TEXTS[:50]]
     texts[37] = texts[41] = wrong
     good, bad = tmp_path / "a.parquet", tmp_path / "b.parquet"
@@ -256,11 +261,12 @@ def test_texts_that_stand_in_many_rows_are_in_memory_once(tmp_path: Path) -> Non
 @pytest.mark.parametrize("text", [None, ""])
 def test_rows_without_text_cost_next_to_nothing(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "a.parquet"
-    nothing = pa.array([text], pa.string()).take(pa.array(np.zeros(2_000_000, np.int32)))
-    pq.write_table(pa.table({"text": pa.chunked_array([nothing, pa.array(["end"])])}), path, row_group_size=2_000_001)
+    nothing = pa.array([text], pa.string()).take(pa.array(np.zeros(5_000_000, np.int32)))
+    table = pa.table({"text": pa.chunked_array([nothing, pa.array(["end"])])})
+    pq.write_table(table, path, row_group_size=5_000_001, use_dictionary=False)  # 20 MB, of lengths alone
     before = pa.total_allocated_bytes()
     documents = read_documents(list_row_groups([path], "text"), "text")
-    assert next(documents) == (2_000_000, b"end")
+    assert next(documents) == (5_000_000, b"end")
     assert pa.total_allocated_bytes() - before < 20_000_000
     assert list(documents) == []
 
@@ -271,26 +277,26 @@ def test_other_encodings_give_the_same_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, by_row: bool
 ) -> None:
     if by_row:
-        monkeypatch.setattr(documents, "WHOLE_GROUP_BYTES", 0)
+        monkeypatch.setattr(documents, "BATCH_BYTES", 0)
     path = tmp_path / "a.parquet"
     table = pa.table({"text": TEXTS})
     pq.write_table(table, path, row_group_size=60, use_dictionary=False, column_encoding={"text": encoding})
     assert list(read_documents(list_row_groups([path], "text"), "text")) == UTF8
 
 
-def test_differences_of_long_texts_are_read_one_at_a_time(tmp_path: Path) -> None:
+def test_differences_of_long_texts_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     """Each of these is the one before it and a letter."""
     path = tmp_path / "a.parquet"
-    texts = ["x" * (1_000_000 + number) for number in range(60)]
+    texts = ["x" * (100_000 + number) for number in range(1200)]
     table = pa.table({"text": texts})
     pq.write_table(table, path, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"})
     assert path.stat().st_size < 200_000
     before, largest = pa.total_allocated_bytes(), 0
     for number, read in read_documents(list_row_groups([path], "text"), "text"):
-        assert len(read) == 1_000_000 + number
+        assert len(read) == 100_000 + number
         largest = max(largest, pa.total_allocated_bytes() - before)
-    assert number == 59
-    assert largest < 20_000_000
+    assert number == 1199
+    assert largest < 40_000_000
 
 
 def test_a_row_group_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
