@@ -102,8 +102,8 @@ def list_row_groups(files: list[Path], text_column: str) -> list[RowGroup]:
 def read_documents(groups: list[RowGroup], text_column: str) -> Iterator[tuple[int, bytes]]:
     """Yields the number and UTF-8 text of each document that has text.
 
-    Memory: about BATCH_BYTES, or a page, which holds at least one document. A text that stands in many rows is in memory
-    once, however few bytes of the file say so. Raises EncoreError where a row group cannot be read.
+    Memory: about BATCH_BYTES, or a page, which holds at least one document. A text that stands in many rows is in
+    memory once, however few bytes of the file say so. Raises EncoreError where a row group cannot be read.
     """
     for path, of_file in groupby(groups, key=lambda group: group.path):
         for group in of_file:
@@ -145,7 +145,10 @@ def _texts_of(column: pa.Array, path: Path, first_row: int) -> Iterator[tuple[in
     used, places = np.unique(indices, return_inverse=True)
     texts: list[bytes] = []
     if used.size and used[-1] >= 0:
-        values = column.dictionary.take(pa.array(used[used >= 0]))
+        wanted = used[used >= 0]
+        values = column.dictionary
+        if len(wanted) < len(values):
+            values = values.take(pa.array(wanted))
         texts = values.cast(pa.large_binary()).to_pylist()
         try:
             values.validate(full=True)
