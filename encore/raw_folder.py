@@ -137,16 +137,22 @@ def read_footer(file: Path | pa.BufferReader, what: str, text_column: str) -> Fo
         raise BrokenParquet(
             f"{what} is not a readable parquet file ({reason}); bring it back or leave it out"
         ) from None
-    strings = [column.path for column in footer.schema if column.logical_type.type == "STRING"]
+    paths = {column.path: column.name for column in footer.schema if column.logical_type.type == "STRING"}
+    strings = [path for path, name in paths.items() if path == name]  # those in lists and structs have longer paths
     if text_column not in strings:
-        raise EncoreError(
-            f"{what} has no column of strings named {text_column!r}; set text_column to one of {', '.join(strings)}"
-            if strings
-            else f"{what} has no column of strings, so no text; leave it out"
-        )
+        raise EncoreError(f"{what} has no column of strings named {text_column!r}; {_way_to_text(strings, [*paths])}")
     index = [column.path for column in footer.schema].index(text_column)
     groups = (footer.row_group(group).column(index) for group in range(footer.num_row_groups))
     return Footer(footer.num_rows, sum(column.total_uncompressed_size for column in groups))
+
+
+def _way_to_text(strings: list[str], nested: list[str]) -> str:
+    """strings: columns that could serve. nested: those within others."""
+    if strings:
+        return f"set text_column to one of {', '.join(strings)}"
+    if nested:
+        return f"its strings lie within other columns ({', '.join(nested)}); write the file anew with them as columns"
+    return "it has none, so no text; leave it out"
 
 
 def check_footer_size(last_bytes: bytes, what: str) -> int:

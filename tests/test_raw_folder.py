@@ -68,8 +68,26 @@ def test_names_stay_in_the_folder_and_apart(fetch_folder: Path) -> None:
 
 def test_column_must_hold_strings(fetch_folder: Path) -> None:
     pq.write_table(pa.table({"text": [[1], [2]], "n": [1, 2]}), "lists.parquet")
-    with pytest.raises(EncoreError, match=r"lists\.parquet has no column of strings, so no text"):
+    with pytest.raises(
+        EncoreError, match=r"lists\.parquet has no column of strings named .* it has none, so no text; leave it out$"
+    ):
         fetch_all("files:lists.parquet", fetch_folder)
+
+
+def test_strings_within_other_columns_are_never_proposed(fetch_folder: Path) -> None:
+    nested = {"meta": [{"text": "a"}], "text": [["a", "b"]], "a.b": ["top"]}
+    pq.write_table(pa.table({**nested}), "some.parquet")
+    for name in ("text", "meta.text", "text.list.element"):
+        with pytest.raises(EncoreError, match=r"; set text_column to one of a\.b$"):
+            read_footer(Path("some.parquet"), "it", name)
+    assert read_footer(Path("some.parquet"), "it", "a.b").documents == 1
+    pq.write_table(pa.table({key: nested[key] for key in ("meta", "text")}), "none.parquet")
+    told = (
+        "its strings lie within other columns (meta.text, text.list.element); write the file anew with them as columns"
+    )
+    with pytest.raises(EncoreError) as error:
+        read_footer(Path("none.parquet"), "it", "text")
+    assert str(error.value) == f"it has no column of strings named 'text'; {told}columns"
 
 
 def test_footer_counts_rows_and_text(tmp_path: Path) -> None:
