@@ -87,7 +87,7 @@ def test_strings_within_other_columns_are_never_proposed(fetch_folder: Path) -> 
     )
     with pytest.raises(EncoreError) as error:
         read_footer(Path("none.parquet"), "it", "text")
-    assert str(error.value) == f"it has no column of strings named 'text'; {told}columns"
+    assert str(error.value) == f"it has no column of strings named 'text'; {told}"
 
 
 def test_footer_counts_rows_and_text(tmp_path: Path) -> None:
