@@ -137,7 +137,7 @@ class TokenSplit:
     """
 
     def __init__(self, folder: Path, split: str) -> None:
-        self.folder = folder
+        self.folder, self.name = folder, split
         self.manifest = read_manifest(folder)
         self.shards = [Shard(**entry) for entry in self.manifest["shards"][split]]
         self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
@@ -151,7 +151,10 @@ class TokenSplit:
         self.text_bytes = sum(shard.text_bytes for shard in self.shards)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens `start` to `start + count` of the split, (count,) in its dtype, across shard borders if need be."""
+        """Tokens `start` to `start + count` of the split, (count,) in its dtype, across shard borders if need be.
+
+        Raises EncoreError where one is beyond the vocabulary: an embedding has no row for it.
+        """
         pieces = []
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         while count > 0:
@@ -159,7 +162,14 @@ class TokenSplit:
             piece = self._maps[shard][offset : offset + count]
             pieces.append(piece)
             start, count, shard = start + len(piece), count - len(piece), shard + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        tokens = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        largest = int(tokens.max(initial=0))
+        if largest >= self.manifest["vocab_size"]:
+            raise EncoreError(
+                f"{self.folder}: a token of the {self.name} split is {largest}, and ids end at "
+                f"{self.manifest['vocab_size'] - 1}; {WAY_OUT}"
+            )
+        return tokens
 
     def _size_problem(self, shard: Shard) -> str | None:
         path, expected_bytes = self.folder / shard.name, shard.tokens * self.dtype.itemsize

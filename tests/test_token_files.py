@@ -154,6 +154,22 @@ def test_reading_across_shards_is_slicing(split_folder: tuple[Path, np.ndarray])
         assert read.dtype == np.dtype("<u2")
 
 
+def test_a_token_beyond_the_vocabulary_is_never_handed_out(split_folder: tuple[Path, np.ndarray]) -> None:
+    folder, everything = split_folder
+    tokens = np.fromfile(folder / "train_00002.bin", "<u2")
+    for wrong in (300, 65_535):
+        tokens[5] = wrong
+        tokens.tofile(folder / "train_00002.bin")
+        split = TokenSplit(folder, "train")
+        place = 2 * 37 + 5
+        np.testing.assert_array_equal(split.read(place + 1, 50), everything[place + 1 : place + 51])
+        for start, count in ((place, 1), (0, len(everything)), (place - 40, 60)):
+            with pytest.raises(EncoreError) as error:
+                split.read(start, count)
+            problem = f"{folder}: a token of the train split is {wrong}, and ids end at 299"
+            assert str(error.value) == f"{problem}; {bring_back('data/tokens', 'tokenize')}"
+
+
 def test_four_byte_tokens_are_read_as_such(tmp_path: Path) -> None:
     ids = np.array([1, 70_000, 100_000], "<u4")
     writer = ShardWriter(tmp_path, "val", np.dtype("<u4"), 2)
