@@ -47,7 +47,7 @@ class Command:
     gone: tuple[str, ...] = ()
 
 
-TRAINED = ("model/*", "metrics/train.tsv", "metrics/eval.tsv")
+TRAINED = ("model/*.json", "model/*.safetensors", "model/*.tiktoken", "metrics/train.tsv", "metrics/eval.tsv")
 EVALUATED = ("metrics/eval.json", "metrics/position.tsv", "metrics/samples.md")
 COMMANDS = {
     "download": Command(("stages.download",), ("data/raw/*", "data/init/*"), ("corpus/s*", "start/*")),
@@ -212,8 +212,6 @@ def hash_result(folder: Path, command: Command, out: str) -> str:
             page = json.loads(data)
             del page["eval"]["tokens_per_second"]
             data = json.dumps(page).encode()
-        if path.name == "README.md":
-            data = re.sub(rb"[\d,.]+ tokens/s|[\d.]+ ?%", b"", data)
         if path.name == "report.html":
             data = re.sub(rb"\d{4}-\d\d-\d\d \d\d:\d\d UTC", b"", data)
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + data)
