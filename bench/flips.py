@@ -39,12 +39,14 @@ SILENT, CRASHED, ENDLESS = "OTHER RESULT", "TRACEBACK", "NO END"
 @dataclass(frozen=True)
 class Command:
     """A module with its arguments, what it leaves (patterns of files; its standard output where there are none), and
-    the patterns of the files that it reads. gone: what is removed before."""
+    the patterns of the files that it reads. gone: what is removed before. alone: whether it needs a Python of its own, as
+    a run that goes on does, which knows its code by the modules that are loaded."""
 
     words: tuple[str, ...]
     results: tuple[str, ...]
     reads: tuple[str, ...]
     gone: tuple[str, ...] = ()
+    alone: bool = False
 
 
 TRAINED = ("model/*.json", "model/*.safetensors", "model/*.tiktoken", "metrics/train.tsv", "metrics/eval.tsv")
@@ -58,7 +60,10 @@ COMMANDS = {
     "count_tokens": Command(("stages.count_tokens",), ("metrics/tokens.json",), ("data/tokens/*",)),
     "train": Command(("stages.train",), TRAINED, ("data/tokens/*", "data/init/*"), (".encore",)),
     "train, resumed": Command(
-        ("stages.train",), TRAINED, (".encore/checkpoints/*/*", ".encore/checkpoints/*/*/*", ".encore/verified/*")
+        ("stages.train",),
+        TRAINED,
+        (".encore/checkpoints/*/*", ".encore/checkpoints/*/*/*", ".encore/verified/*"),
+        alone=True,
     ),
     "evaluate": Command(("stages.evaluate",), EVALUATED, ("data/tokens/*", "data/tasks/*", "model/*")),
     "generate": Command(("encore.generate", "--prompt", "def ", "--max-new-tokens", "5"), (), ("model/*",)),
@@ -172,6 +177,9 @@ def call(folder: Path, command: Command) -> tuple[int | None, str, str]:
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
             os.chdir(folder)
             os.environ["ENCORE_DEVICE"] = "cpu"
+            if command.alone:
+                os.environ["OMP_NUM_THREADS"] = "1"
+                os.execv(sys.executable, [sys.executable, "-m", *command.words])
             if "kept parts" in next(name for name, each in COMMANDS.items() if each is command):
                 os.environ["ENCORE_SCRATCH"] = ".parts"
             sys.argv = [command.words[0], *command.words[1:]]
