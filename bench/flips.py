@@ -39,8 +39,8 @@ SILENT, CRASHED, ENDLESS = "OTHER RESULT", "TRACEBACK", "NO END"
 @dataclass(frozen=True)
 class Command:
     """A module with its arguments, what it leaves (patterns of files; its standard output where there are none), and
-    the patterns of the files that it reads. gone: what is removed before. alone: whether it needs a Python of its own, as
-    a run that goes on does, which knows its code by the modules that are loaded."""
+    the patterns of the files that it reads. gone: what is removed before. alone: whether it needs a Python of its own,
+    as a run that goes on does, which knows its code by the modules that are loaded."""
 
     words: tuple[str, ...]
     results: tuple[str, ...]

@@ -42,6 +42,20 @@ class RowGroup:
     text_bytes: int
     encodings: tuple[str, ...]
 
+    @property
+    def has_dictionary(self) -> bool:
+        """Whether some texts stand in the file by their places in a list, and none as the difference from the one
+        before, of which pyarrow can make no dictionary."""
+        kinds = " ".join(self.encodings)
+        return "DICTIONARY" in kinds and "DELTA" not in kinds
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows are decoded together."""
+        rows = BATCH_BYTES * self.documents // max(1, self.text_bytes)
+        most = DIFFERENCES_ROWS if "DELTA_BYTE_ARRAY" in self.encodings else BATCH_ROWS
+        return max(1, min(rows, most))
+
 
 def read_raw_manifest(folder: Path) -> RawManifest:
     """The manifest of the raw text. Raises EncoreError where it is missing or damaged."""
@@ -105,28 +119,22 @@ def read_documents(groups: list[RowGroup], text_column: str) -> Iterator[tuple[i
     Memory: about BATCH_BYTES, or a page, which holds at least one document. A text that stands in many rows is in
     memory once, however few bytes of the file say so. Raises EncoreError where a row group cannot be read.
     """
-    for path, of_file in groupby(groups, key=lambda group: group.path):
-        for group in of_file:
-            first = group.first_document
-            for batch in _read_batches(group, text_column):
-                for row, text in _texts_of(batch, path, group.first_row + first - group.first_document):
-                    yield first + row, text
-                first += len(batch)
+    for (path, has_dictionary), of_file in groupby(groups, key=lambda group: (group.path, group.has_dictionary)):
+        dictionaries = [text_column] if has_dictionary else []
+        with pq.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False, read_dictionary=dictionaries) as parquet:
+            for group in of_file:
+                first = group.first_document
+                for column in _read_columns(parquet, group, text_column):
+                    for row, text in _texts_of(column, path, group.first_row + first - group.first_document):
+                        yield first + row, text
+                    first += len(column)
 
 
-def _read_batches(group: RowGroup, text_column: str) -> Iterator[pa.Array]:
-    """The text column of a row group, some rows at a time; where the file has a dictionary, so has the column."""
-    rows = max(1, min(BATCH_ROWS, BATCH_BYTES * group.documents // max(1, group.text_bytes)))
-    as_dictionary = [text_column]
-    if not any("DICTIONARY" in encoding for encoding in group.encodings):
-        as_dictionary = []  # pyarrow can make none of texts that stand in the file as differences
-        rows = min(rows, DIFFERENCES_ROWS) if "DELTA_BYTE_ARRAY" in group.encodings else rows
+def _read_columns(parquet: pq.ParquetFile, group: RowGroup, text_column: str) -> Iterator[pa.Array]:
+    """The text column of a row group, some rows at a time. Raises EncoreError where it cannot be read."""
     try:
-        with pq.ParquetFile(
-            group.path, buffer_size=READ_BYTES, pre_buffer=False, read_dictionary=as_dictionary
-        ) as parquet:
-            for batch in parquet.iter_batches(rows, [group.index], [text_column], use_threads=False):
-                yield batch.column(0)
+        for batch in parquet.iter_batches(group.rows_at_once, [group.index], [text_column], use_threads=False):
+            yield batch.column(0)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise

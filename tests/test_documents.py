@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from encore import documents
-from encore.documents import check_raw, is_val, list_row_groups, read_documents
+from encore.documents import RowGroup, check_raw, is_val, list_row_groups, read_documents
 from encore.errors import EncoreError
 from tests.raw_text import write_parquet, write_raw
 from tests.sealed import with_seal
@@ -284,6 +285,16 @@ def test_other_encodings_give_the_same_documents(
     assert list(read_documents(list_row_groups([path], "text"), "text")) == UTF8
 
 
+def test_a_dictionary_that_gives_way_to_differences_is_read_without_one() -> None:
+    """As other writers of parquet do it; pyarrow's do not."""
+    group = RowGroup(Path("a.parquet"), 0, 0, 0, 10, 1000, ("PLAIN_DICTIONARY", "RLE", "DELTA_BYTE_ARRAY"))
+    assert (group.has_dictionary, group.rows_at_once) == (False, 64)
+    plain = replace(group, encodings=("PLAIN", "RLE", "RLE_DICTIONARY"))
+    assert (plain.has_dictionary, plain.rows_at_once) == (True, 4096)
+    assert replace(plain, documents=1000, text_bytes=160_000_000).rows_at_once == 100
+    assert replace(plain, documents=1, text_bytes=2**31).rows_at_once == 1
+
+
 def test_differences_of_long_texts_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     """Each of these is the one before it and a letter."""
     path = tmp_path / "a.parquet"
@@ -297,6 +308,20 @@ def test_differences_of_long_texts_are_read_a_few_at_a_time(tmp_path: Path) -> N
         largest = max(largest, pa.total_allocated_bytes() - before)
     assert number == 1199
     assert largest < 40_000_000
+
+
+def test_a_file_is_opened_once_however_many_row_groups_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each opening reads the whole footer, which grows with the row groups."""
+    path = tmp_path / "a.parquet"
+    write_parquet(path, TEXTS, 2)
+    groups = list_row_groups([path], "text")
+    assert len(groups) == 100
+    opened, open_parquet = [], pq.ParquetFile
+    monkeypatch.setattr(
+        pq, "ParquetFile", lambda *args, **options: opened.append(args) or open_parquet(*args, **options)
+    )
+    assert list(read_documents(groups, "text")) == UTF8
+    assert len(opened) == 1
 
 
 def test_a_row_group_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
