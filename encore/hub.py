@@ -140,10 +140,10 @@ class DataSet:
         if file in self.sha256:
             return self._read_kept_footer(name, text_column)
         tail = transfer.read_tail(file, min(TAIL_BYTES, file.bytes), self.headers, stopping)
-        footer_bytes = check_footer_size(tail[-8:], file.what) + 8 if tail else 0
-        if tail and len(tail) < footer_bytes <= file.bytes:
-            tail = transfer.read_tail(file, footer_bytes, self.headers, stopping)
         try:
+            footer_bytes = check_footer_size(tail[-8:], file.what) + 8 if tail else 0
+            if tail and len(tail) < footer_bytes <= file.bytes:
+                tail = transfer.read_tail(file, footer_bytes, self.headers, stopping)
             return read_footer(pa.BufferReader(tail), file.what, text_column) if tail else None
         except BrokenParquet:  # by the way here perhaps: nothing has checked these bytes
             return None

@@ -50,7 +50,7 @@ class Footer:
 
 
 class BrokenParquet(EncoreError):
-    """A file that is no parquet, or no longer."""
+    """A file that is no parquet, or no longer, or whose footer is beyond all measure."""
 
 
 class RawFolder:
@@ -124,8 +124,8 @@ class RawFolder:
 def read_footer(file: Path | pa.BufferReader, what: str, text_column: str) -> Footer:
     """The footer of a parquet file, of which its last bytes are enough.
 
-    Raises BrokenParquet where it cannot be read, and EncoreError where it is larger than FOOTER_BYTES or there is no
-    such column of strings.
+    Raises BrokenParquet where it cannot be read or is larger than FOOTER_BYTES, and EncoreError where there is no such
+    column of strings.
     """
     check_footer_size(_last_bytes(file), what)
     try:
@@ -156,10 +156,10 @@ def _way_to_text(strings: list[str], nested: list[str]) -> str:
 
 
 def check_footer_size(last_bytes: bytes, what: str) -> int:
-    """The size of a parquet file's footer, by its last 8 bytes. Raises EncoreError where it is beyond FOOTER_BYTES."""
+    """The size of a parquet file's footer, by its last 8 bytes. Raises BrokenParquet where it is beyond FOOTER_BYTES."""
     footer_bytes = int.from_bytes(last_bytes[:4], "little")
     if last_bytes[4:] == b"PAR1" and footer_bytes > FOOTER_BYTES:
-        raise EncoreError(
+        raise BrokenParquet(
             f"{what} claims a footer of {footer_bytes:,} bytes, and Encore reads up to {FOOTER_BYTES:,}; write the "
             "file anew with larger row groups or fewer columns, or leave it out"
         )

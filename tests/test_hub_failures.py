@@ -146,6 +146,15 @@ def test_a_footer_that_claims_to_be_huge(hub: Hub, fetch_folder: Path) -> None:
         fetch("files:a.parquet", revision, want(PLENTY), fetch_folder, Path("scratch"))
 
 
+def test_a_tail_that_was_damaged_on_its_way_condemns_no_file(hub: Hub, fetch_folder: Path) -> None:
+    """The whole file, whose bytes are compared, has the last word."""
+    read_tail = transfer.read_tail
+    with pytest.MonkeyPatch.context() as patch:
+        huge = (400_000_000).to_bytes(4, "little") + b"PAR1"
+        patch.setattr(transfer, "read_tail", lambda *arguments: read_tail(*arguments)[:-8] + huge)
+        assert len(fetch_hub(fetch_folder).files) == 3
+
+
 def test_no_network(fetch_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(dict(SHARDS)) as hub, connected(monkeypatch, hub.url, SECRET):
         data_set = DataSet(REPOSITORY, COMMIT, Path("scratch"))
