@@ -156,7 +156,7 @@ def _way_to_text(strings: list[str], nested: list[str]) -> str:
 
 
 def check_footer_size(last_bytes: bytes, what: str) -> int:
-    """The size of a parquet file's footer, by its last 8 bytes. Raises BrokenParquet where that is over FOOTER_BYTES."""
+    """The size of a file's footer, by its last 8 bytes. Raises BrokenParquet where it is over FOOTER_BYTES."""
     footer_bytes = int.from_bytes(last_bytes[:4], "little")
     if last_bytes[4:] == b"PAR1" and footer_bytes > FOOTER_BYTES:
         raise BrokenParquet(
