@@ -25,7 +25,7 @@ setup: .venv/ready .dvc/plots_template.html
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 FAILED := echo 'encore: pip could not install it (see above); check the network and the disk, then run make again' >&2; exit 1
 
-.venv/ready: requirements.lock
+.venv/ready: requirements.lock pyproject.toml
 	@test -n "$$PYTHON" || { echo 'encore: no Python 3.11 or newer on the path; install one, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@"$$PYTHON" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("encore: %s is Python %d.%d; Encore needs 3.11 or newer: make PYTHON=/path/to/python3" % (sys.executable, *sys.version_info[:2]))'
 	"$$PYTHON" -m venv --clear .venv
@@ -33,20 +33,20 @@ FAILED := echo 'encore: pip could not install it (see above); check the network 
 	@$(PIP) -r requirements.lock && $(PIP) --no-deps --no-build-isolation -e . || { $(FAILED); }
 	@touch $@
 
-.dvc/plots_template.html: encore/plots_page.py encore/vega.py | .venv/ready
-	@$(BIN)/python -m encore.plots_page && dvc config --local plots.html_template plots_template.html
+.dvc/plots_template.html: encore/report/plots_page.py encore/report/vega.py | .venv/ready
+	@$(BIN)/python -m encore.report.plots_page && dvc config --local plots.html_template plots_template.html
 
 repository:
 	@git rev-parse --git-dir >/dev/null 2>&1 || { echo 'encore: this folder is no git repository, which DVC needs: git clone it instead, or run here: git init && git add -A && git commit -m start' >&2; exit 1; }
 
 repro: repository setup
-	@python -m encore.mend
+	@python -m encore mend
 	@dvc repro
-	@python -m encore.summary
-	@python -m encore.report
+	@python -m encore summary
+	@python -m encore report
 
 report: repository setup
-	@set -f; python -m encore.report -- $$EXPERIMENTS
+	@set -f; python -m encore report -- $$EXPERIMENTS
 
 .venv/play: .venv/ready requirements-dev.lock
 	@echo 'Installing the playground; once.'
@@ -54,7 +54,7 @@ report: repository setup
 	@touch $@
 
 play: .venv/play
-	@python -m encore.play
+	@python -m encore play
 
 .venv/dev: .venv/ready requirements-dev.lock
 	@echo 'Installing requirements-dev.lock; once.'
@@ -65,4 +65,5 @@ test: .venv/dev
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports
 	pytest -n logical --dist loadfile

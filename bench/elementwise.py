@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from encore.device import find_device
-from encore.flops import synchronize
+from encore.devices.device import find_device
 from encore.models.elementwise import EPS, rms_norm, squared_relu
+from encore.models.flops import synchronize
 
 TOKENS, WIDTH = 12 * 1024, 768
 Operation = Callable[[torch.Tensor], torch.Tensor]

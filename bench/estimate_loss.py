@@ -12,11 +12,11 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from encore.batches import Windows
-from encore.device import find_device, find_dtype, set_up_numerics
-from encore.evaluation import evaluate_split, sum_losses
-from encore.export import load_model
-from encore.token_files import TokenSplit
+from encore.devices.device import find_device, find_dtype, set_up_numerics
+from encore.evaluation.losses import evaluate_split, sum_losses
+from encore.pretrained.model_folder import load_model
+from encore.tokens.batches import Windows
+from encore.tokens.token_files import TokenSplit
 
 
 def main() -> None:

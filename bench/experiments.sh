@@ -38,7 +38,7 @@ case $corpus in
 english)
     # An experiment runs in a copy of what git tracks, so the path must not depend on where that is.
     files="files:$PWD/english/*.parquet"
-    data=("dataset=$files" "dataset_revision=$(python -m encore.sources "$files")" val_fraction=0.03)
+    data=("dataset=$files" "dataset_revision=$(encore sources "$files")" val_fraction=0.03)
     best_400=2e-3 best_1600=8e-3
     ;;
 sympy) data=(dtype=bfloat16) best_400=4e-3 best_1600=4e-3 ;;

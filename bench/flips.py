@@ -39,14 +39,12 @@ SILENT, CRASHED, ENDLESS = "OTHER RESULT", "TRACEBACK", "NO END"
 @dataclass(frozen=True)
 class Command:
     """A module with its arguments, what it leaves (patterns of files; its standard output where there are none), and
-    the patterns of the files that it reads. gone: what is removed before. alone: whether it needs a Python of its own,
-    as a run that goes on does, which knows its code by the modules that are loaded."""
+    the patterns of the files that it reads. gone: what is removed before."""
 
     words: tuple[str, ...]
     results: tuple[str, ...]
     reads: tuple[str, ...]
     gone: tuple[str, ...] = ()
-    alone: bool = False
 
 
 TRAINED = ("model/*.json", "model/*.safetensors", "model/*.tiktoken", "metrics/train.tsv", "metrics/eval.tsv")
@@ -63,21 +61,20 @@ COMMANDS = {
         ("stages.train",),
         TRAINED,
         (".encore/checkpoints/*/*", ".encore/checkpoints/*/*/*", ".encore/verified/*"),
-        alone=True,
     ),
     "evaluate": Command(("stages.evaluate",), EVALUATED, ("data/tokens/*", "data/tasks/*", "model/*")),
-    "generate": Command(("encore.generate", "--prompt", "def ", "--max-new-tokens", "5"), (), ("model/*",)),
+    "generate": Command(("encore", "generate", "--prompt", "def ", "--max-new-tokens", "5"), (), ("model/*",)),
     "report": Command(
-        ("encore.report",),
+        ("encore", "report"),
         ("report.html",),
         ("metrics/*", "training.log", "model/encore.json", ".encore/history.jsonl", "dvc.lock"),
     ),
-    "summary": Command(("encore.summary",), (), ("metrics/*.json", "metrics/samples.md")),
+    "summary": Command(("encore", "summary"), (), ("metrics/*.json", "metrics/samples.md")),
     "verify": Command(
-        ("encore.verify",), (), ("data/*/*", "model/*", "metrics/*", ".dvc/cache/files/md5/*/*", "dvc.lock")
+        ("encore", "verify"), (), ("data/*/*", "model/*", "metrics/*", ".dvc/cache/files/md5/*/*", "dvc.lock")
     ),
-    "mend": Command(("encore.mend",), (), ("dvc.lock",)),
-    "check_params": Command(("stages.check_params",), ("data/params_checked",), ("params.yaml", "dvc.yaml")),
+    "mend": Command(("encore", "mend"), (), ("dvc.lock",)),
+    "check": Command(("stages.check",), ("data/code/*",), ("params.yaml", "dvc.yaml")),
 }
 # Pages that say what is to be done: another one is another wish, which git shows. No traceback is all that is asked.
 WISHES = {"params.yaml", "dvc.yaml"}
@@ -139,7 +136,7 @@ def prepare(folder: Path) -> Path:
     (folder / "params.yaml").write_text(make_page)
     shutil.rmtree(folder / ".encore")
     do("dvc", "repro")
-    do("encore.cluster", "--part", "0", ENCORE_SCRATCH=".parts")
+    do("encore", "cluster", "--part", "0", ENCORE_SCRATCH=".parts")
     shutil.rmtree(folder / ".git")
     return folder
 
@@ -177,9 +174,6 @@ def call(folder: Path, command: Command) -> tuple[int | None, str, str]:
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
             os.chdir(folder)
             os.environ["ENCORE_DEVICE"] = "cpu"
-            if command.alone:
-                os.environ["OMP_NUM_THREADS"] = "1"
-                os.execv(sys.executable, [sys.executable, "-m", *command.words])
             if "kept parts" in next(name for name, each in COMMANDS.items() if each is command):
                 os.environ["ENCORE_SCRATCH"] = ".parts"
             sys.argv = [command.words[0], *command.words[1:]]

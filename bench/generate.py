@@ -11,9 +11,9 @@ import time
 
 import torch
 
-from encore.device import find_device
-from encore.flops import synchronize
-from encore.generate import generate
+from encore.devices.device import find_device
+from encore.evaluation.generate import generate
+from encore.models.flops import synchronize
 from encore.models.gpt2 import GPT2, GPT2Config
 
 PROMPT = list(range(16))

@@ -17,8 +17,8 @@ import altair as alt
 import numpy as np
 
 from encore.errors import EncoreError, run_stage
-from encore.results import Row, add_clocks, read_tsv
-from encore.revisions import Revision, find_revision
+from encore.report.results import Row, add_clocks, read_tsv
+from encore.report.revisions import Revision, find_revision
 
 AROUND = 0.05  # share of a run that a point of a curve is the mean of
 SKIPPED = 0.02  # and of its first steps, which would leave the rest no room

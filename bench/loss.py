@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from encore.device import autocast, find_device
-from encore.flops import synchronize
-from encore.loss import mean_cross_entropy
+from encore.devices.device import autocast, find_device
+from encore.models.cross_entropy import mean_cross_entropy
+from encore.models.flops import synchronize
 
 WIDTH, ROWS, VOCAB_SIZE = 768, 50_304, 50_257
 FEW_TOKENS = 1024

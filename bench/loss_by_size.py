@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from encore.errors import EncoreError, run_stage
-from encore.results import read_yaml
-from encore.revisions import find_revision
+from encore.report.results import read_yaml
+from encore.report.revisions import find_revision
 
 EXPONENTS = np.arange(0.02, 2.0, 0.001)
 

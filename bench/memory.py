@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from encore.loss import scores_on_gpu
 from encore.models.architectures import Model, make_config, make_model
+from encore.models.cross_entropy import scores_on_gpu
 from encore.models.vocabulary import pad_vocab
-from encore.muon import Muon
-from encore.optim import make_optimizers
 from encore.params import Params, StageParams, check_page
+from encore.training.muon import Muon
+from encore.training.optim import make_optimizers
 
 
 def kept_bytes(model: Model, sequences: int) -> int:

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import torch
 
 from bench.train import MODELS
-from encore.device import autocast, find_hardware
-from encore.flops import synchronize
+from encore.devices.device import autocast, find_hardware
 from encore.models.architectures import Model, make_config, make_model
-from encore.optim import make_optimizers
+from encore.models.flops import synchronize
 from encore.params import StageParams
+from encore.training.optim import make_optimizers
 
 WARM_UP_ROUNDS = 2
 SHARED = {"bias": False, "dropout": 0.0, "beta2": 0.95, "weight_decay": 0.0}

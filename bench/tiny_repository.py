@@ -7,7 +7,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from encore.local_files import hash_files, hash_names_and_contents, list_files
+from encore.download.local_files import hash_files, hash_names_and_contents, list_files
 
 ROOT = Path(__file__).parent.parent
 PAGE = {

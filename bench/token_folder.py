@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from encore.encode import RULES
+from encore.tokens.encode import RULES
 
 
 def about(dataset: str, tokenizer: str, token_cap: int) -> dict[str, Any]:
-    """For `encore.token_files.write_manifest`."""
+    """For `encore.tokens.token_files.write_manifest`."""
     return {
         "dataset": dataset,
         "dataset_revision": "0" * 64,

@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 
-from encore.encode import count_workers
 from encore.files import sha256_of
-from encore.ranks import write_ranks
+from encore.tokens.encode import count_workers
+from encore.tokens.ranks import write_ranks
 
 ROOT = Path(__file__).parent.parent
 RUNS = 5
@@ -37,8 +37,8 @@ STAGE = """
 import json, re, time
 from pathlib import Path
 from encore.params import load_params
-from encore.ranks import read_ranks
-from encore.tokenizer import make_tokenizer
+from encore.tokens.ranks import read_ranks
+from encore.tokens.tokenizer import make_tokenizer
 from stages import tokenize
 started = time.perf_counter()
 tokenize.main()

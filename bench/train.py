@@ -22,19 +22,19 @@ import torch
 from ruamel.yaml import YAML
 
 from bench.token_folder import about
-from encore.batches import Ahead
-from encore.checkpoint import Saver
-from encore.device import autocast
+from encore.devices.device import autocast
 from encore.files import write_whole
-from encore.flops import flops_per_token, synchronize
 from encore.models.architectures import make_model
-from encore.optim import make_adamw
+from encore.models.flops import flops_per_token, synchronize
 from encore.params import StageParams
-from encore.ranks import write_ranks
-from encore.records import Records
 from encore.signals import StopRequest
-from encore.token_files import RANKS_FILE, SPLITS, ShardWriter, write_manifest
-from encore.trainer import Trainer
+from encore.tokens.batches import Ahead
+from encore.tokens.ranks import write_ranks
+from encore.tokens.token_files import RANKS_FILE, SPLITS, ShardWriter, write_manifest
+from encore.training.checkpoint import Saver
+from encore.training.metrics import Records
+from encore.training.optim import make_adamw
+from encore.training.trainer import Trainer
 from stages.train import prepare
 
 ROOT = Path(__file__).parent.parent

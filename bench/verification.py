@@ -16,8 +16,8 @@ from pathlib import Path
 
 from bench.train import MODELS, ROOT, VOCAB_SIZE, WARM_UP_STEPS, make_trainer, write_tokens
 from encore.integrity import SETTLED_SECONDS, Verification
-from encore.token_files import SHARD_TOKENS
-from encore.trainer import Trainer
+from encore.tokens.token_files import SHARD_TOKENS
+from encore.training.trainer import Trainer
 
 SHARD_BYTES = 2 * SHARD_TOKENS
 STEPS_AFTER = 10

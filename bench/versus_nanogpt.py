@@ -20,7 +20,7 @@ import torch
 from ruamel.yaml import YAML
 
 from bench.train import MODELS, ROOT, VOCAB_SIZE, WARM_UP_STEPS, write_tokens
-from encore.device import find_device
+from encore.devices.device import find_device
 
 
 def run_encore(folder: Path, sizes: dict[str, int], steps: int, compiles: bool) -> list[float]:

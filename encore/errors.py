@@ -26,7 +26,7 @@ class Interrupted(Exception):
 def bring_back(output: str, stage: str) -> str:
     """The way out where an output of a stage is damaged, as the end of a sentence."""
     return (
-        f"`dvc repro -s -f {stage}` makes {output} anew, and `python -m encore.verify` tells whether "
+        f"`dvc repro -s -f {stage}` makes {output} anew, and `encore verify` tells whether "
         f"`dvc checkout --force {output}` is enough"
     )
 

@@ -1,14 +1,19 @@
-"""Whole files: what is visible under its final name is complete (written beside, synced, renamed)."""
+"""Whole files: what is visible under its final name is complete (written beside, synced, renamed). And whether the disk
+has room for them, asked before anything is written.
+"""
 
 import errno
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from encore.errors import EncoreError
 
 # What NFS, CIFS, FUSE and others answer to a call that they do not have.
 NOT_ABLE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
@@ -102,3 +107,28 @@ def where_able() -> Iterator[None]:
     except OSError as error:
         if error.errno not in NOT_ABLE:
             raise
+
+
+def check_room(writes: list[tuple[Path, int]], way_out: str) -> None:
+    """Raises EncoreError where a disk has less free than the bytes that are going to be written into folders on it."""
+    for folder, _ in writes:
+        device = folder.stat().st_dev
+        needed_bytes = sum(count for other, count in writes if other.stat().st_dev == device)
+        free_bytes = shutil.disk_usage(folder).free
+        if needed_bytes > free_bytes:
+            raise EncoreError(
+                f"{folder}: {needed_bytes / 1e6:,.1f} MB are going to be written and {free_bytes / 1e6:,.1f} MB are "
+                f"free on its disk; {way_out}"
+            )
+
+
+def can_link(source: Path, target: Path) -> bool:
+    """Whether a file in the folder `source` can have a hard link in the folder `target`; found by trying."""
+    with tempfile.NamedTemporaryFile(dir=source, prefix=".link-") as probe:
+        link = target / Path(probe.name).name
+        try:
+            os.link(probe.name, link)
+        except OSError:
+            return False
+        link.unlink()
+        return True

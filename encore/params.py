@@ -11,7 +11,6 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from encore.errors import EncoreError
-from encore.init_from import PUBLISHED
 
 PAGE = Path("params.yaml")
 PIPELINE = Path("dvc.yaml")
@@ -23,7 +22,7 @@ SOURCE = re.compile(
     r"|files:.+"
     r"|package:[A-Za-z0-9][\w.-]*"
 )
-STARTS = ("scratch", *PUBLISHED)
+STARTS = ("scratch", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 REVISIONS = {
     "hf": (r"[0-9a-f]{40}", "the 40 hex digits of a commit"),
     "files": (r"[0-9a-f]{64}", "the sha256 of the files"),
@@ -282,7 +281,7 @@ def _find_conflicts(valid: dict[str, Any]) -> list[str]:
         if not re.fullmatch(pattern, valid["dataset_revision"]):
             problems.append(
                 f"dataset_revision: {_quote(valid['dataset_revision'])} will not do; {kind}: wants {meaning}, "
-                f"which `python -m encore.sources '{valid['dataset']}'` prints"
+                f"which `encore sources '{valid['dataset']}'` prints"
             )
     return problems
 

@@ -24,7 +24,7 @@ def _check_md5(md5: str | int | None) -> str | int | None:
 
 @with_config(EXACTLY)
 class RawFileEntry(TypedDict):
-    """As encore.raw_folder.RawFile."""
+    """As encore.download.raw_folder.RawFile."""
 
     name: Name
     source: str
@@ -61,7 +61,7 @@ class RawManifest(TypedDict):
 
 @with_config(EXACTLY)
 class ShardEntry(TypedDict):
-    """As encore.token_files.Shard."""
+    """As encore.tokens.token_files.Shard."""
 
     name: Name
     tokens: Count
@@ -94,7 +94,7 @@ class TokenManifest(TypedDict):
 
 @with_config(EXACTLY)
 class PartRecord(TypedDict):
-    """part.json, of encore.parts."""
+    """part.json, of encore.tokens.parts."""
 
     shards: dict[str, list[ShardEntry]]
     stopped_at: Count | None
@@ -105,7 +105,7 @@ class PartRecord(TypedDict):
 
 @with_config(EXACTLY)
 class LearnedRanks(TypedDict):
-    """learned.json, of encore.parts."""
+    """learned.json, of encore.tokens.parts."""
 
     sha256: Sha256
     own_sha256: Sha256
@@ -132,7 +132,7 @@ class TasksManifest(TypedDict):
 
 @with_config(AT_LEAST)
 class RunIdentity(TypedDict):
-    """run.json, of encore.runs: the parameters too. It only serves to tell the user of a run that is like another."""
+    """run.json, of training/run_folder.py: the parameters too. It only serves to tell of a run like another."""
 
     data_sha256: Sha256
     init_sha256: Sha256 | None
@@ -148,7 +148,7 @@ class CodeEntry(TypedDict):
 
 @with_config(AT_LEAST)
 class CheckpointState(TypedDict):
-    """state.json of a checkpoint. sha256: of the files beside it. The rest is encore.trainer's and encore.records'."""
+    """state.json of a checkpoint. sha256: of the files beside it. The rest is the trainer's and its records'."""
 
     iter: Count
     code: NotRequired[list[CodeEntry]]

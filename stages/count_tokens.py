@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from encore.code import check_code
 from encore.errors import run_stage
 from encore.files import write_json
-from encore.history import record_stage
 from encore.params import load_params
-from encore.recount import SplitCount, recount
+from encore.pipeline.stage_history import record_stage
 from encore.schemas import TokenManifest
-from encore.token_files import read_manifest
+from encore.tokens.recount import SplitCount, recount
+from encore.tokens.token_files import read_manifest
 from stages import STARTED
 
 TOKENS = Path("data/tokens")
@@ -20,6 +21,7 @@ METRICS = Path("metrics/tokens.json")
 
 
 def main() -> None:
+    check_code("count_tokens")
     params = load_params("count_tokens")
     counts = recount(TOKENS, params.token_cap, threads=os.cpu_count() or 1)
     train, val = counts["train"], counts["val"]

@@ -9,16 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-from encore.copies import check_copied
+from encore.code import check_code
+from encore.download.sources import Wanted, fetch, fetch_gpt2_ranks
 from encore.errors import Interrupted, run_stage
+from encore.evaluation.tasks import fetch_tasks
 from encore.files import sha256_of, whole_folder
-from encore.history import record_stage
-from encore.initial_weights import fetch_initial
 from encore.json_files import write_sealed
 from encore.params import load_params
+from encore.pipeline.experiment_copy import check_copied
+from encore.pipeline.stage_history import record_stage
+from encore.pretrained.initial_weights import fetch_initial
 from encore.scratch import scratch_folder
-from encore.sources import Wanted, fetch, fetch_gpt2_ranks
-from encore.tasks import fetch_tasks
 from stages import STARTED
 
 INIT = Path("data/init")
@@ -32,6 +33,7 @@ TEXT_BYTES_PER_TOKEN = {"gpt2": 4.40 * 1.02, "bpe": 6.0}
 
 
 def main() -> None:
+    check_code("download")
     params = load_params("download")
     check_copied(params.dataset, params.init_from)
     tokens = params.token_cap / (1 - params.val_fraction)

@@ -8,23 +8,24 @@ from typing import Any
 
 import torch
 
-from encore.batches import Windows
-from encore.device import find_device, find_dtype, naming_what_does_not_repeat, set_up_numerics
-from encore.distributed import Ranks, joined
+from encore.code import check_code
+from encore.devices.device import find_device, find_dtype, naming_what_does_not_repeat, set_up_numerics
+from encore.devices.distributed import Ranks, joined
+from encore.devices.torchrun import run_under_torchrun, torchrun_arguments
 from encore.errors import EncoreError, run_stage
-from encore.evaluation import SplitLoss, evaluate_split
-from encore.export import load_model
+from encore.evaluation.generate import generate
+from encore.evaluation.losses import SplitLoss, evaluate_split
+from encore.evaluation.tasks import run_tasks
 from encore.files import write_json, write_tsv, write_whole
-from encore.generate import generate
-from encore.history import record_stage
 from encore.integrity import Verification
-from encore.launch import run_under_torchrun, torchrun_arguments
 from encore.models.architectures import Model
 from encore.params import StageParams, load_params
+from encore.pipeline.stage_history import record_stage
+from encore.pretrained.model_folder import load_model
 from encore.progress import Progress
-from encore.tasks import run_tasks
-from encore.token_files import RANKS_FILE, WAY_OUT, TokenSplit, token_hashes
-from encore.tokenizer import load_tokenizer
+from encore.tokens.batches import Windows
+from encore.tokens.token_files import RANKS_FILE, WAY_OUT, TokenSplit, token_hashes
+from encore.tokens.tokenizer import load_tokenizer
 from stages import STARTED
 
 TOKENS = Path("data/tokens")
@@ -38,6 +39,7 @@ BATCH_TOKENS = {"cpu": 2**13, "cuda": 2**16, "mps": 2**13}
 
 
 def main() -> None:
+    check_code("evaluate")
     params = load_params("evaluate")
     if arguments := torchrun_arguments("stages.evaluate", one_machine=True):
         run_under_torchrun(arguments, "stages.evaluate")
@@ -76,7 +78,7 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
     print(f"val loss {split_loss.loss:.4f}{precision} over {result['eval']['tokens']:,} tokens")
     rows = enumerate(split_loss.loss_by_position, start=1)
     write_tsv(BY_POSITION, [{"position": position, "loss": loss} for position, loss in rows])
-    if scores := run_tasks(params.evaluate_tasks, TASKS, MODEL):
+    if scores := run_tasks(params.evaluate_tasks, TASKS, MODEL, str(find_device())):
         result["task"] = scores
     write_json(METRICS, result)
     write_whole(SAMPLES, as_markdown(params.start, write_samples(params, model)).encode())

@@ -6,16 +6,17 @@ if not __package__:
 
 from pathlib import Path
 
-from encore.documents import check_raw
-from encore.encode import RULES, count_workers
+from encore.code import check_code
 from encore.errors import EncoreError, run_stage
 from encore.files import whole_folder, write_whole
-from encore.history import record_stage
 from encore.params import StageParams, load_params
-from encore.parts import EncodedPart, PartStore, merge
+from encore.pipeline.stage_history import record_stage
 from encore.progress import Progress
 from encore.scratch import scratch_folder
-from encore.token_files import MANIFEST, RANKS_FILE, Shard, write_manifest
+from encore.tokens.documents import check_raw
+from encore.tokens.encode import RULES, count_workers
+from encore.tokens.parts import EncodedPart, PartStore, merge
+from encore.tokens.token_files import MANIFEST, RANKS_FILE, Shard, write_manifest
 from stages import STARTED
 
 RAW = Path("data/raw")
@@ -23,6 +24,7 @@ TOKENS = Path("data/tokens")
 
 
 def main() -> None:
+    check_code("tokenize")
     params = load_params("tokenize")
     workers = count_workers()
     raw = check_raw(RAW, workers)

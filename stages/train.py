@@ -11,31 +11,27 @@ from typing import Any
 
 import torch
 
-from encore import runs
-from encore.batches import Windows
-from encore.checkpoint import find_resumable, list_checkpoints
-from encore.device import Hardware, find_device, find_hardware, naming_what_does_not_repeat
-from encore.disk import check_room
-from encore.distributed import ALONE, SHARD, Ranks, joined
+from encore.code import check_code, code_sha256
+from encore.devices.device import Hardware, find_device, find_hardware, naming_what_does_not_repeat
+from encore.devices.distributed import ALONE, SHARD, Ranks, joined
+from encore.devices.torchrun import run_under_torchrun, torchrun_arguments
 from encore.errors import EncoreError, bring_back, run_stage
-from encore.export import load_initial, save_model
-from encore.files import sha256_of, whole_folder, write_json
-from encore.history import record_stage
-from encore.hub_tokenizer import save_hub_tokenizer
-from encore.init_from import RECORD, SCRATCH
+from encore.files import check_room, sha256_of, whole_folder, write_json
 from encore.integrity import Verification, check_files
 from encore.json_files import read_sealed
-from encore.launch import run_under_torchrun, torchrun_arguments
-from encore.model_card import write_card
 from encore.models.architectures import Model, make_config, make_model
-from encore.optim import describe_groups
 from encore.params import StageParams, load_params
-from encore.ranks import read_ranks
-from encore.records import Records
+from encore.pipeline.stage_history import record_stage
+from encore.pretrained.hub_tokenizer import save_hub_tokenizer
+from encore.pretrained.init_from import RECORD, SCRATCH
+from encore.pretrained.model_card import write_card
+from encore.pretrained.model_folder import load_initial, save_model
 from encore.schemas import InitManifest
 from encore.scratch import scratch_folder
 from encore.signals import StopRequest
-from encore.token_files import (
+from encore.tokens.batches import Windows
+from encore.tokens.ranks import read_ranks
+from encore.tokens.token_files import (
     RANKS_FILE,
     WAY_OUT,
     TokenSplit,
@@ -43,8 +39,12 @@ from encore.token_files import (
     read_ranks_file,
     token_hashes,
 )
-from encore.trainer import Trainer
-from encore.wandb_run import start_wandb
+from encore.training import run_folder
+from encore.training.checkpoint import TRAINING, find_resumable, list_checkpoints
+from encore.training.metrics import Records
+from encore.training.optim import describe_groups
+from encore.training.trainer import Trainer
+from encore.training.wandb_run import start_wandb
 from stages import STARTED
 
 TOKENS = Path("data/tokens")
@@ -56,6 +56,7 @@ INIT_WAY_OUT = bring_back("data/init", "download")
 
 
 def main() -> None:
+    check_code("train")
     params = load_params("train")
     if arguments := torchrun_arguments("stages.train"):
         run_under_torchrun(arguments, "stages.train")
@@ -70,13 +71,17 @@ def train(params: StageParams, ranks: Ranks) -> None:
     """One rank's part of the training, or all of it."""
     check_batch(params, ranks)
     inputs = hash_inputs(params)
-    shared = {"data/tokens": inputs["data_sha256"], "data/init": inputs["init_sha256"], "the code": runs.code_sha256()}
+    shared = {
+        "data/tokens": inputs["data_sha256"],
+        "data/init": inputs["init_sha256"],
+        "the code": code_sha256(TRAINING),
+    }
     ranks.check_same({**params.as_dict(), **shared})
-    identity = runs.identity(params.as_dict(), **inputs)
-    checkpoints = scratch_folder() / "checkpoints" / runs.fingerprint(identity)
+    identity = run_folder.identity(params.as_dict(), **inputs)
+    checkpoints = scratch_folder() / "checkpoints" / run_folder.fingerprint(identity)
     if ranks.is_first:
         note_other_schedule(checkpoints, identity)
-    with runs.locked(checkpoints, identity) if ranks.is_first else nullcontext():
+    with run_folder.locked(checkpoints, identity) if ranks.is_first else nullcontext():
         trainer = prepare(params, checkpoints, ranks)
         if ranks.is_first:
             check_disk(trainer)
@@ -116,7 +121,7 @@ def check_dtype(params: StageParams, hardware: Hardware) -> None:
 
 def note_other_schedule(checkpoints: Path, identity: dict[str, Any]) -> None:
     """Says why a run that was meant to be extended starts anew."""
-    other = None if list_checkpoints(checkpoints) else runs.find_other_schedule(checkpoints, identity)
+    other = None if list_checkpoints(checkpoints) else run_folder.find_other_schedule(checkpoints, identity)
     if other:
         print(
             f"encore: note: this run starts anew. {other} holds one like it whose learning rate decays to another "

@@ -14,8 +14,8 @@ from ruamel.yaml import YAML
 
 from encore.files import write_whole
 from encore.params import StageParams
-from encore.ranks import write_ranks
-from encore.token_files import RANKS_FILE, SPLITS, ShardWriter, token_dtype, write_manifest
+from encore.tokens.ranks import write_ranks
+from encore.tokens.token_files import RANKS_FILE, SPLITS, ShardWriter, token_dtype, write_manifest
 from tests.token_folders import ABOUT
 
 ROOT = Path(__file__).parent.parent

@@ -18,12 +18,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from encore import retries
+from encore.download import retries
 
 # Runs a module as `python -m` does, without time to wait: `python -c IMPATIENT MODULE ...`.
 IMPATIENT = """
 import runpy, sys
-from encore import retries
+from encore.download import retries
 retries.LONGEST_WAIT_SECONDS = 0.01
 del sys.argv[0]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -22,12 +22,12 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from encore import device
-from encore.distributed import ALONE, Ranks, joined
+from encore.devices import device
+from encore.devices.distributed import ALONE, Ranks, joined
 from encore.errors import EncoreError, run_stage
-from encore.flops import Peak
+from encore.models.flops import Peak
 from encore.params import StageParams, load_params
-from encore.trainer import Trainer
+from encore.training.trainer import Trainer
 from stages import train
 from tests.conftest import ROOT, TINY, pipeline_environment, write_page, write_tokens
 
@@ -37,7 +37,9 @@ from tests.conftest import ROOT, TINY, pipeline_environment, write_page, write_t
 AT_START = """
 import os, signal, sys, time
 if "stages.train" in sys.orig_argv:
-    from encore import checkpoint, device, flops
+    from encore.training import checkpoint
+    from encore.devices import device
+    from encore.models import flops
     device.find_peak = lambda device, dtype: flops.Peak(1e12, "pretended")
     save = checkpoint.Saver.save
 

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 
-from encore.documents import is_val
-from encore.encode import RULES
 from encore.params import StageParams
-from encore.parts import EncodedPart
-from encore.token_files import SPLITS, ShardWriter
-from encore.tokenizer import END_OF_TEXT
+from encore.tokens.documents import is_val
+from encore.tokens.encode import RULES
+from encore.tokens.parts import EncodedPart
+from encore.tokens.token_files import SPLITS, ShardWriter
+from encore.tokens.tokenizer import END_OF_TEXT
 from tests.conftest import ROOT, write_page
 from tests.sealed import with_seal
 
@@ -140,7 +140,7 @@ def plain_loop(tokenizer: tiktoken.Encoding, texts: Sequence[str | None], token_
 
 
 def small_shards(shard_tokens: int) -> type[ShardWriter]:
-    """A writer of short shards, for the one of encore/parts.py."""
+    """A writer of short shards, for the one of encore/tokens/parts.py."""
 
     class SmallShards(ShardWriter):
         def __init__(self, folder: Path, split: str, dtype: np.dtype) -> None:

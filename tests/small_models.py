@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from encore.export import save_model
 from encore.models.gpt2 import GPT2, GPT2Config
-from encore.ranks import write_ranks
+from encore.pretrained.model_folder import save_model
+from encore.tokens.ranks import write_ranks
 
 RECORD = {"data": {"dataset": "package:made-up", "dataset_revision": "1.0"}}
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from encore import device
-from encore.flops import Peak
+from encore.devices import device
+from encore.models.flops import Peak
 from encore.params import StageParams
-from encore.trainer import Trainer
+from encore.training.trainer import Trainer
 from stages.train import prepare
 
 NO_STOP: Any = SimpleNamespace(signal_number=None)

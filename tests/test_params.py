@@ -175,7 +175,7 @@ def problems_with(**changes: Any) -> list[str]:
             (
                 {"dataset": dataset, "dataset_revision": revision},
                 f"dataset_revision: {revision!r} will not do; {dataset.split(':')[0]}: wants {meaning}, "
-                f"which `python -m encore.sources '{dataset}'` prints",
+                f"which `encore sources '{dataset}'` prints",
             )
             for dataset, revision, meaning in [
                 ("hf:a/b", "main", "the 40 hex digits of a commit"),

@@ -6,8 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from encore.raw_folder import RawFile
-from encore.sources import Wanted, current_revision, fetch
+from encore.download.raw_folder import RawFile
+from encore.download.sources import Wanted, current_revision, fetch
 
 PLENTY = 10**12
 

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from encore.ranks import write_ranks
+from encore.tokens.ranks import write_ranks
 from tests.sealed import change_sealed, write_with_seal
 
 Documents = list[list[int]]

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from bench.train import ROOT
-from encore.device import find_device
+from encore.devices.device import find_device
 
 PARTS = ("correctness", "repeat", "speed", "learning", "text")
 SECONDS = 240

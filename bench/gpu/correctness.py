@@ -8,10 +8,10 @@ import torch
 
 from bench.gpu.pages import TINY, TINY_VOCAB_SIZE, gpt2, nanochat, nanochat_plus, print_head, print_row
 from bench.train import VOCAB_SIZE
-from encore.compiled_check import LARGEST_ERROR
-from encore.device import autocast, find_device, naming_what_does_not_repeat, set_up_numerics
+from encore.devices.device import autocast, find_device, naming_what_does_not_repeat, set_up_numerics
 from encore.models.architectures import Model, make_config, make_model
 from encore.params import StageParams
+from encore.training.compiled_check import LARGEST_ERROR
 
 PAGES = {"gpt2": gpt2, "nanochat": nanochat, "nanochat-plus": nanochat_plus}
 SEQUENCES = 4

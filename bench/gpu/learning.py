@@ -12,8 +12,8 @@ from bench.gpu.pages import Page, gpt2, make_tokens, nanochat, nanochat_plus, pr
 from bench.gpu.step import Job
 from bench.token_folder import about
 from encore.files import write_whole
-from encore.ranks import write_ranks
-from encore.token_files import MANIFEST, RANKS_FILE, SPLITS, ShardWriter, read_manifest, write_manifest
+from encore.tokens.ranks import write_ranks
+from encore.tokens.token_files import MANIFEST, RANKS_FILE, SPLITS, ShardWriter, read_manifest, write_manifest
 
 ITERATIONS, TINY_ITERATIONS, BATCH_SIZE = 720, 36, 16
 RATES = (6e-4, 1e-3, 2e-3)

@@ -6,7 +6,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from bench.train import ROOT, VOCAB_SIZE, write_tokens
-from encore.device import find_device
+from encore.devices.device import find_device
 
 Page = dict[str, Any]
 NEVER = 10**9

@@ -18,8 +18,8 @@ from typing import Any
 from bench.gpu.pages import Page, gpt2, is_gpu, make_tokens, nanochat, nanochat_plus, print_head, print_row
 from bench.gpu.step import Job
 from bench.memory import count
-from encore.device import REPEATABLE, find_device
-from encore.loss import scores_at_once
+from encore.devices.device import REPEATABLE, find_device
+from encore.models.cross_entropy import scores_at_once
 
 STEPS, WARM_UP_STEPS, KERNELS = 20, 4, 16
 FEW, MANY = 12, 32  # sequences in a micro-batch

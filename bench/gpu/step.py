@@ -21,10 +21,10 @@ import torch
 
 from bench.gpu.pages import Page
 from bench.train import peak_memory_bytes
-from encore.evaluation import evaluate_split
-from encore.flops import flops_per_token, synchronize
+from encore.evaluation.losses import evaluate_split
+from encore.models.flops import flops_per_token, synchronize
 from encore.params import StageParams
-from encore.trainer import Trainer
+from encore.training.trainer import Trainer
 from stages.evaluate import BATCH_TOKENS
 from stages.train import prepare
 

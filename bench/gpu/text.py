@@ -10,12 +10,12 @@ import torch
 
 from bench.gpu.pages import TINY_VOCAB_SIZE, print_head, print_row
 from bench.train import VOCAB_SIZE
-from encore.device import find_device
-from encore.flops import synchronize
-from encore.generate import generate
-from encore.models.cache import Cache
+from encore.devices.device import find_device
+from encore.evaluation.generate import generate
+from encore.models.flops import synchronize
 from encore.models.gpt2 import GPT2, GPT2Config
-from encore.models.gpt2_hub import to_hub, to_hub_config
+from encore.models.kv_cache import Cache
+from encore.pretrained.gpt2_hub import to_hub, to_hub_config
 
 PROMPT = list(range(16))
 ROUNDS = 5

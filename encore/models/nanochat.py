@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from encore.loss import cross_entropies, mean_cross_entropy, soft_cap
-from encore.models.cache import Cache
+from encore.models.cross_entropy import cross_entropies, mean_cross_entropy, soft_cap
 from encore.models.elementwise import rms_norm, squared_relu
 from encore.models.embedding import find_occurrences, look_up
+from encore.models.kv_cache import Cache
 from encore.models.vocabulary import pad_vocab
 
 ROPE_THETA = 10_000.0

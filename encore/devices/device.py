@@ -1,0 +1,131 @@
+"""What this machine offers: the device, the number type, whether to compile. The environment decides, not params.yaml.
+
+A run's identity in the cache does not change with the hardware; `dtype` and `compile` are parameters because they
+change the numbers, and their `auto` is resolved here.
+"""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from encore.errors import EncoreError
+from encore.models.flops import Peak, find_peak
+
+REPEATABLE = "ENCORE_REPEATABLE"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run is computed with. `peak` is the device's, for `dtype`."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compiles: bool
+    peak: Peak
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        compiled = ", compiled" if self.compiles else ""
+        other_bits = ", not repeatable" if self.device.type == "cuda" and not wants_same_bits() else ""
+        return f"{name}, {str(self.dtype).removeprefix('torch.')}{compiled}{other_bits}"
+
+
+def find_hardware(dtype: str, compile: bool | str) -> Hardware:
+    """The device, set up for repeatable arithmetic, and what `auto` means on it for the parameters of these names."""
+    device = find_device()
+    set_up_numerics(device)
+    found = find_dtype(dtype, device)
+    return Hardware(device, found, should_compile(compile, device), find_peak(device, found))
+
+
+def find_device() -> torch.device:
+    """ENCORE_DEVICE where it is set, else the best there is: CUDA, MPS (Apple), CPU."""
+    wish = os.environ.get("ENCORE_DEVICE")
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if wish is None:
+        best = next(name for name, there in available.items() if there)
+        # torchrun numbers the processes of a machine, one for each GPU.
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if best == "cuda" else best)
+    if not re.fullmatch(r"(cuda(:\d+)?|mps|cpu)", wish) or not available[wish.split(":")[0]]:
+        there = ", ".join(name for name, is_there in available.items() if is_there)
+        raise EncoreError(f"ENCORE_DEVICE is {wish!r}, which this machine does not offer; it has {there}")
+    return torch.device(wish)
+
+
+def find_dtype(wish: str, device: torch.device) -> torch.dtype:
+    """The type of the matrix products. auto: on CUDA bfloat16, or float16 before Ampere; elsewhere float32."""
+    if wish != "auto":
+        return DTYPES[wish]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Mixed precision: weights stay float32, matrix products are done in `dtype`."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def should_compile(wish: bool | str, device: torch.device) -> bool:
+    """auto compiles on a GPU. Where no C++ compiler is found, a warning and the plain run instead of a crash."""
+    if wish is False or (wish == "auto" and device.type != "cuda"):
+        return False
+    names = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
+    if any(name and shutil.which(name) for name in names):
+        return True
+    print(
+        "encore: note: torch.compile needs a C++ compiler and none is found (g++, clang++; CXX names another), "
+        "so the model runs uncompiled, slower and otherwise the same",
+        file=sys.stderr,
+    )
+    return False
+
+
+def wants_same_bits() -> bool:
+    """Whether a run is to repeat to the bit on a GPU, at some cost in speed. ENCORE_REPEATABLE=0 says no."""
+    return os.environ.get(REPEATABLE) != "0"
+
+
+def set_up_numerics(device: torch.device) -> None:
+    """Repeatable arithmetic, and TensorFloat-32 for what stays float32 on a GPU, as nanoGPT sets it.
+
+    Comes before the first matrix product: CUDA's library reads its part of the environment then.
+    """
+    if device.type != "cuda":
+        return
+    torch.set_float32_matmul_precision("high")
+    if not wants_same_bits():
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Strictly, and not with warn_only: only so do the kernels of attention add up their gradients in a fixed order
+    # (flash, memory-efficient; cuDNN's cannot and is passed over). The compiler then chooses the order of its sums by
+    # rule and not by a stopwatch.
+    torch.use_deterministic_algorithms(True)
+    # Every new tensor would be filled first, a thousand launches a step. No code here reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def naming_what_does_not_repeat() -> Iterator[None]:
+    """Turns torch's refusal of an operation that does not repeat to the bit into an EncoreError."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+        if not found:
+            raise
+        raise EncoreError(
+            f"{found[1]} does not repeat to the bit on this device; set {REPEATABLE}=0 to go on all the same, with "
+            "results that differ a little from run to run"
+        ) from None

@@ -1,0 +1,143 @@
+"""Standard tasks (HellaSwag, LAMBADA, ...) by EleutherAI's lm-eval.
+
+Their data is fetched in one stage and used in another, both in a process of their own: where `datasets` keeps its files
+and whether it may use the network are settings that it reads when it is imported.
+"""
+
+import difflib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from encore.errors import EncoreError, bring_back, run_stage
+from encore.files import sha256_of, write_json
+from encore.integrity import check_files
+from encore.json_files import read_json, read_sealed, write_sealed
+from encore.schemas import TasksManifest
+
+MANIFEST = "manifest.json"
+WAY_OUT = bring_back("data/tasks", "download")
+BATCH_SIZE = 16
+BOOTSTRAP_SAMPLES = 1000  # for the standard errors that have no formula, perplexity's
+SETTINGS = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def fetch_tasks(names: list[str], folder: Path) -> None:
+    """Fills `folder` with the data of lm-eval's tasks of these names, and a manifest. No names: the manifest alone.
+
+    Raises EncoreError where lm-eval is missing, has no such task or cannot reach the Hub.
+    """
+    if names:
+        _check_installed(names)
+        with tempfile.TemporaryDirectory() as downloads:
+            _run(["fetch", str(folder), *names], HF_DATASETS_CACHE=str(folder.resolve()), HF_HUB_CACHE=downloads)
+        for path in [*folder.rglob("*.lock"), *folder.rglob("cache-*.arrow")]:  # of the process that is done
+            path.unlink()
+    # A task is what its version of lm-eval makes of it.
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+    lm_eval = version("lm_eval") if names else None
+    write_sealed(folder / MANIFEST, {"tasks": names, "lm_eval": lm_eval, "files": files})
+
+
+def run_tasks(names: list[str], folder: Path, model: Path, device: str) -> dict[str, dict[str, float]]:
+    """The metrics of each task (acc, acc_stderr, ...) for the model in `model`, from the data of `fetch_tasks`.
+
+    Raises EncoreError where the data is of other tasks or lm-eval is missing or fails.
+    """
+    manifest = read_sealed(folder / MANIFEST, TasksManifest, WAY_OUT)
+    missing = set(names) - set(manifest["tasks"])
+    if missing:
+        raise EncoreError(f"{folder} lacks the data of {', '.join(sorted(missing))}; `dvc repro download` brings it")
+    if not names:
+        return {}
+    check_files(folder, manifest["files"], WAY_OUT)
+    _check_installed(names)
+    with tempfile.TemporaryDirectory() as place:
+        # A copy: `datasets` writes locks and what it derives beside its files, and an output of DVC must stay as it is.
+        data, results = Path(place, "data"), Path(place, "results.json")
+        shutil.copytree(folder, data)
+        _run(["run", str(model), str(results), device, *names], HF_DATASETS_CACHE=str(data), HF_HUB_OFFLINE="1")
+        return read_json(results, dict[str, dict[str, float]])
+
+
+def _check_installed(names: list[str]) -> None:
+    if find_spec("lm_eval") is None:
+        raise EncoreError(
+            f"evaluate_tasks asks for {', '.join(names)}, and lm-eval, which runs them, is not installed; "
+            "`pip install -c requirements.lock -c requirements-dev.lock 'lm-eval[hf]'` brings it"
+        )
+
+
+def _run(arguments: list[str], **settings: str) -> None:
+    environment = {**os.environ, **SETTINGS, **settings}
+    done = subprocess.run([sys.executable, "-m", "encore.evaluation.tasks", *arguments], env=environment)
+    if done.returncode:
+        raise EncoreError("evaluate_tasks: lm-eval failed, see above; mend it, or set evaluate_tasks: []")
+
+
+def main() -> None:
+    action, *arguments = sys.argv[1:]
+    if action == "fetch":
+        _fetch(arguments[1:])
+    else:
+        model, results, device, *names = arguments
+        write_json(Path(results), _evaluate(Path(model), device, names))
+
+
+def _fetch(names: list[str]) -> None:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    problems = []
+    for name in names:
+        if name not in manager.all_tasks:
+            nearest = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            problems.append(f"lm-eval has no task {name}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+    if problems:
+        raise EncoreError("evaluate_tasks: " + "; ".join(problems))
+    try:
+        manager.load(names)
+    except Exception as error:  # whatever datasets, httpx or the task's own code raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise EncoreError(
+            f"evaluate_tasks: the data of {', '.join(names)} cannot be fetched ({reason}); check the network"
+        ) from None
+
+
+def _evaluate(model: Path, device: str, names: list[str]) -> dict[str, dict[str, float]]:
+    import lm_eval
+
+    done = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(model), "dtype": "float32"},
+        tasks=names,
+        batch_size=BATCH_SIZE,
+        device=device,
+        bootstrap_iters=BOOTSTRAP_SAMPLES,
+        log_samples=False,
+    )
+    results = {name: _numbers(done["results"][name]) for name in done["results"]}
+    for name, numbers in results.items():
+        print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items()))
+    return results
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """lm-eval's keys are METRIC,FILTER, and its filter `none` says nothing."""
+    numbers = {key.removesuffix(",none").replace(",", "_"): value for key, value in row.items() if "," in key}
+    return {key: value for key, value in numbers.items() if isinstance(value, int | float)}
+
+
+if __name__ == "__main__":
+    run_stage(main)

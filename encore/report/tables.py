@@ -1,0 +1,99 @@
+"""What a report says in tables: numbers as text, what differs between runs, and where each came from."""
+
+import json
+import re
+from typing import Any
+
+from encore.errors import bring_back
+from encore.pretrained.init_from import parse_record
+from encore.report.results import Results, check_lock, flatten, hash_of
+from encore.report.revisions import Revision, describe_commit
+
+
+def as_yaml(value: Any) -> str:
+    """A parameter, as params.yaml has it."""
+    if isinstance(value, int) and abs(value) >= 10_000:
+        return f"{value:_}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def as_text(value: Any) -> str:
+    """A metric: numbers with 5 digits and commas."""
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:,.5g}"
+    return str(value)
+
+
+def as_duration(seconds: float) -> str:
+    """The two largest of hours, minutes and seconds."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, whole_seconds = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole_seconds} s" if minutes else f"{whole_seconds} s"
+
+
+def difference(value: Any, first: Any) -> str:
+    """How much larger a number is than that of the first run; nothing where that says nothing."""
+    numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in (value, first))
+    if not numbers or value == first:
+        return ""
+    more = value - first
+    return f"{more:+,}" if isinstance(more, int) else f"{more:+,.0f}" if abs(more) >= 1e4 else f"{more:+,.4g}"
+
+
+def differing_params(runs: list[Results]) -> list[tuple[str, list[Any]]]:
+    """The keys of params.yaml that have not the same value in all runs, and those values; None where a run has none."""
+    pages = [{param.key: param.value for param in run.params} for run in runs]
+    keys = dict.fromkeys(key for page in pages for key in page)
+    rows = [(key, [page.get(key) for page in pages]) for key in keys]
+    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+
+
+def metric_rows(runs: list[Results]) -> list[tuple[str, list[Any]]]:
+    """Every metric by its name, with a value for each run."""
+    flat = [{key: value for file in run.metrics.values() for key, value in flatten(file).items()} for run in runs]
+    return [(key, [metrics.get(key) for metrics in flat]) for key in dict.fromkeys(key for one in flat for key in one)]
+
+
+def differing_code(runs: list[Results]) -> list[str]:
+    """The modules, of those that a stage lists among its deps, that are not the same in all runs."""
+    hashes = [
+        {dep["path"]: dep["md5"] for stage in run.lock.values() for dep in stage["deps"] if dep["path"].endswith(".py")}
+        for run in runs
+    ]
+    paths = sorted({path for one in hashes for path in one})
+    return [path for path in paths if len({one.get(path) for one in hashes}) > 1]
+
+
+def provenance(run: Results, revision: Revision) -> dict[str, str]:
+    """Where a run came from, a fact by its name. What only the working tree has is left out for a commit."""
+    params = {param.key: param.value for param in run.params}
+    log, record = revision.read("training.log"), revision.read("model/encore.json")
+    facts = {
+        "data": f"{params['dataset']} at {params['dataset_revision']}",
+        **{
+            f"{path} (md5 in dvc.lock)": md5
+            for path in ("data/raw", "data/tokens", "model")
+            if (md5 := hash_of(run.lock, path))
+        },
+        "device": f"{run.run['devices']} x {run.run['device']}",
+        "peak": f"{run.run['peak_tflops']:.4g} TFLOP/s, {run.run['mfu_basis']}",
+        "commit": describe_commit(revision),
+    }
+    log_text = check_lock(log, "training.log", run.lock).decode() if log else ""
+    if found := re.search(r", commit (\S+)$", log_text, re.M):
+        facts["commit that training began on"] = found[1]
+    if record:
+        trained = parse_record(record, "model/encore.json", bring_back("model", "train"))
+        facts["versions"] = ", ".join(f"{name} {number}" for name, number in trained["versions"].items())
+        facts["manifest of data/tokens (sha256)"] = trained["data_sha256"]
+        codes = [f"{code['sha256']} from iteration {code['from_iter']}" for code in trained["code"]]
+        facts["code that trained (sha256)"] = "; ".join(codes)
+    return facts

@@ -1,0 +1,115 @@
+"""What a run leaves to read: rows for the curves, lines for training.log, the same numbers for wandb.
+
+Rows are kept in memory and in the checkpoints, and written out whole: a resumed run can neither double nor lose one.
+What must repeat bit for bit (losses, learning rate, gradient norm) and what a clock says are in different files.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from encore.files import write_tsv, write_whole
+from encore.progress import print_line
+from encore.training.wandb_run import WandbRun
+
+MOST_ROWS = 4000  # what a plots page draws quickly
+
+
+@dataclass
+class Rows:
+    """The rows of the three curves, in the order of `iter`, the number of optimizer steps that are done."""
+
+    train: list[dict[str, Any]] = field(default_factory=list)
+    eval: list[dict[str, Any]] = field(default_factory=list)
+    speed: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Records:
+    """Takes a run's numbers once and passes them on to the curves, the log and wandb.
+
+    writes: no, on a rank that only goes along: it keeps the rows and shows nothing.
+    """
+
+    def __init__(self, metrics_folder: Path, log_path: Path, wandb_run: WandbRun | None, writes: bool = True) -> None:
+        self.rows = Rows()
+        self.lines: list[str] = []
+        self._metrics_folder, self._log_path, self._wandb, self._writes = metrics_folder, log_path, wandb_run, writes
+        self._rewrite_log()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        wandb_id = self._wandb.id if self._wandb else None
+        return {"rows": vars(self.rows), "lines": self.lines, "wandb_id": wandb_id}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up the rows and lines of a checkpoint, and nothing that came after it."""
+        self.rows, self.lines = Rows(**state["rows"]), state["lines"]
+        self._rewrite_log()
+
+    def say(self, line: str) -> None:
+        """A line for the screen and for training.log."""
+        self.lines.append(line)
+        if not self._writes:
+            return
+        print_line(line)
+        with self._log_path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def log_step(self, train: dict[str, Any], speed: dict[str, Any]) -> None:
+        """The rows of one logged step."""
+        self.rows.train.append(train)
+        self.rows.speed.append(speed)
+        self.say(
+            f"iter {train['iter']}: loss {train['loss']:.4f}, lr {train['lr']:.2e}, {speed['ms_per_iter']:.1f} ms, "
+            f"{speed['tokens_per_second']:,.0f} tokens/s, mfu {speed['mfu']:.2%}"
+        )
+        if self._wandb:
+            self._wandb.log(
+                {
+                    "iter": train["iter"],
+                    "lr": train["lr"],
+                    "mfu": speed["mfu"],
+                    "train/step_loss": train["loss"],
+                    "train/grad_norm": train["grad_norm"],
+                    "tokens_per_second": speed["tokens_per_second"],
+                }
+            )
+
+    def log_eval(self, row: dict[str, Any]) -> None:
+        """The row of one evaluation."""
+        self.rows.eval.append(row)
+        self.say(f"iter {row['iter']}: train loss {row['train_loss']:.4f}, val loss {row['val_loss']:.4f}")
+        if self._wandb:
+            self._wandb.log({"iter": row["iter"], "train/loss": row["train_loss"], "val/loss": row["val_loss"]})
+
+    def _rewrite_log(self) -> None:
+        if self._writes:
+            write_whole(self._log_path, "".join(line + "\n" for line in self.lines).encode())
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Publishes the curves and gives wandb the run's summary, nested keys joined by a slash."""
+        self.publish()
+        if self._wandb:
+            self._wandb.finish(_flatten(summary))
+
+    def publish(self) -> None:
+        """Writes the curves as they are now: train.tsv, eval.tsv and speed.tsv."""
+        for name, rows in vars(self.rows).items():
+            if rows and self._writes:
+                write_tsv(self._metrics_folder / f"{name}.tsv", thin(rows))
+
+
+def thin(rows: list[dict[str, Any]], most: int = MOST_ROWS) -> list[dict[str, Any]]:
+    """Every row, or every second, fourth, ... so that at most `most` are left, and always the last."""
+    stride = 1
+    while -(-len(rows) // stride) > most - 1:
+        stride *= 2
+    kept = rows[::stride]
+    return kept if not rows or kept[-1] is rows[-1] else [*kept, rows[-1]]
+
+
+def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in nested.items():
+        flat.update(_flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value})
+    return flat

@@ -1,0 +1,107 @@
+"""bench.gpu goes to its end without a GPU, as it will on a card that is lent for minutes."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow
+import pytest
+import tiktoken
+from pyarrow import parquet
+
+from bench.gpu import __main__ as bench
+from bench.gpu.learning import DOCUMENTS_A_VAL, encode_folder
+from bench.train import ROOT
+from encore.tokens.token_files import TokenSplit
+
+
+def run_tiny(part, **environment):
+    command = [sys.executable, "-m", "bench.gpu", "--tiny", "--part", part]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows], done.stdout
+
+
+def test_correctness_has_a_row_for_each_architecture_type_and_way():
+    rows, _ = run_tiny("correctness")
+    found = [tuple(row[:3]) for row in rows[2:]]
+    assert found == [
+        (architecture, dtype, how)
+        for architecture in ("gpt2", "nanochat", "nanochat-plus")
+        for dtype in ("float32", "bfloat16")
+        for how in ("written", "compiled")
+    ]
+    assert all(float(row[4]) < (1e-4 if row[1] == "float32" else 0.15) for row in rows[2:])
+
+
+def test_repeat_compares_three_trainings_of_each_page():
+    rows, _ = run_tiny("repeat")
+    assert len(rows) == 2 + 4
+    for _, once, again, killed, verdict in rows[2:]:
+        assert re.fullmatch("[0-9a-f]{12}", once)
+        assert (again, killed, verdict) == (once, once, "the same")
+
+
+def test_speed_has_every_recipe_the_ratios_and_a_profile():
+    rows, output = run_tiny("speed")
+    recipes = [row for row in rows if row[0].startswith(("GPT-2", "nanochat"))]
+    assert len(recipes) == 6
+    assert all(float(row[1]) > 0 for row in recipes)
+    for expected in (
+        r"^GPT-2 124M, 12 sequences: repeating costs [+-]\d+\.\d% of an iteration$",
+        r"^nanochat-plus by Muon, 32 sequences: \d+\.\d\d times the iteration of GPT-2$",
+        r"^evaluation: [\d,]+ tokens/s, \d+\.\d\d times training's$",
+        r"^a process with everything compiled before has taken steps after \d+\.\d s$",
+        r"^\| aten::mm \| \d+ \| \d+\.\d\d \|$",
+    ):
+        assert re.search(expected, output, re.MULTILINE), expected
+
+
+def test_learning_has_a_loss_for_each_recipe():
+    rows, _ = run_tiny("learning")
+    assert [(row[0], row[3]) for row in rows[2:]] == [
+        *[("GPT-2", "36")] * 3,
+        ("nanochat-plus", "9"),
+        ("nanochat-plus", "6"),
+        ("nanochat", "9"),
+        ("nanochat", "6"),
+    ]
+    assert all(5.6 < float(row[5]) < 5.8 for row in rows[2:])  # ln 300: the tokens are drawn at random
+
+
+def test_text_is_the_same_in_every_way():
+    rows, _ = run_tiny("text")
+    assert [row[0] for row in rows[2:]] == ["Encore", "a pass a token, not recorded", "transformers, static cache"]
+    assert all(row[3] == "the same" for row in rows[2:])
+
+
+def test_a_part_that_fails_or_takes_too_long_says_so_and_the_next_goes_on(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(bench, "PARTS", ("learning", "repeat"))
+    monkeypatch.setattr(sys, "argv", ["bench.gpu"])
+    monkeypatch.setenv("ENGLISH_TEXT_DIR", str(tmp_path))
+    real = subprocess.run
+    limits = {"learning": 60, "repeat": 0.1}
+    monkeypatch.setattr(subprocess, "run", lambda command, timeout: real(command, timeout=limits[command[-1]]))
+    with pytest.raises(SystemExit, match=r"^bench: failed: learning, repeat$"):
+        bench.main()
+    captured = capfd.readouterr()
+    assert f"bench: ENGLISH_TEXT_DIR={tmp_path} holds no parquet files" in captured.err
+    assert "bench: learning ended with exit code 1" in captured.out
+    assert "bench: repeat was not through after" in captured.out
+
+
+def test_a_folder_of_text_becomes_tokens_with_some_documents_in_val(monkeypatch, tmp_path):
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    tokenizer = tiktoken.Encoding("bytes", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: tokenizer)
+    documents = [f"text {number}" for number in range(DOCUMENTS_A_VAL + 2)]
+    parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "some.parquet")
+    encode_folder(tmp_path, tmp_path / "tokens")
+    for split, first, count in (("val", 0, 2), ("train", 1, DOCUMENTS_A_VAL)):
+        tokens = TokenSplit(tmp_path / "tokens", split)
+        expected = np.array([*documents[first].encode(), 256])
+        np.testing.assert_array_equal(tokens.read(0, len(expected)), expected)
+        assert (tokens.read(0, tokens.tokens) == 256).sum() == count

@@ -1,0 +1,126 @@
+"""lm-eval's HellaSwag over a Hub on loopback, against the same sums written out here; and what can go wrong."""
+
+import json
+import shutil
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from encore.errors import EncoreError
+from encore.evaluation import tasks
+from encore.evaluation.tasks import fetch_tasks, run_tasks
+from encore.models.gpt2 import GPT2, GPT2Config
+from encore.pretrained.hub_tokenizer import save_hub_tokenizer
+from encore.pretrained.model_folder import save_model
+from encore.tokens.ranks import read_ranks
+from encore.tokens.token_files import RANKS_FILE
+from encore.tokens.tokenizer import load_tokenizer
+from tests.conftest import run_dvc
+from tests.sealed import read_with_seal
+from tests.task_hub import make_rows, serving_tasks
+from tests.test_pipeline import stages_run
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+
+@pytest.fixture
+def model_folder(tmp_path, tokens_folder):
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(vocab_size=300, block_size=128, n_layer=2, n_head=2, n_embd=32, bias=False))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_model(folder, model, (tokens_folder / RANKS_FILE).read_bytes(), {})
+    save_hub_tokenizer(folder, read_ranks(tokens_folder / RANKS_FILE), 128)
+    return folder, model.eval()
+
+
+@torch.no_grad()
+def share_right(model, tokenizer, rows):
+    """The share of the rows whose right ending has the highest log-likelihood; and the highest for a character."""
+    right = right_per_character = 0
+    for row in rows:
+        context = tokenizer.encode_ordinary(f"Cooking: {row['ctx_a']} He")
+        scores = []
+        for ending in row["endings"]:
+            ids = tokenizer.encode_ordinary(" " + ending)
+            losses = F.log_softmax(model.logits(torch.tensor([context + ids])).double(), dim=-1)[0]
+            scores.append(sum(losses[len(context) + i - 1, token].item() for i, token in enumerate(ids)))
+        per_character = [score / len(ending) for score, ending in zip(scores, row["endings"], strict=True)]
+        right += scores.index(max(scores)) == int(row["label"])
+        right_per_character += per_character.index(max(per_character)) == int(row["label"])
+    return right / len(rows), right_per_character / len(rows)
+
+
+def test_hellaswag_is_fetched_once_and_evaluated_without_a_network(tmp_path, model_folder, monkeypatch, capfd):
+    folder, model = model_folder
+    rows = make_rows(12)
+    data = tmp_path / "data" / "tasks"
+    data.mkdir(parents=True)
+    with serving_tasks(rows) as (address, asked):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        fetch_tasks(["hellaswag"], data)
+        assert any(path.endswith("data/validation-00000-of-00001.parquet") for path in asked)
+    kept = {path.relative_to(data): path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    assert {path.suffix for path in kept} == {".arrow", ".json"}
+    manifest = read_with_seal((data / "manifest.json").read_text())
+    paths = [path for path in sorted(data.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    files = {str(path.relative_to(data)): sha256(path.read_bytes()).hexdigest() for path in paths}
+    assert len(files) > 2
+    assert manifest == {"tasks": ["hellaswag"], "lm_eval": metadata.version("lm_eval"), "files": files}
+
+    result = run_tasks(["hellaswag"], data, folder)  # nobody listens at that address any more
+    acc, acc_norm = share_right(model, load_tokenizer(folder / RANKS_FILE), rows)
+    assert 0 < acc < 1
+    assert result["hellaswag"]["acc"] == pytest.approx(acc)
+    assert result["hellaswag"]["acc_norm"] == pytest.approx(acc_norm)
+    assert result["hellaswag"]["acc_stderr"] == pytest.approx((acc * (1 - acc) / 11) ** 0.5)
+    assert "hellaswag: " in capfd.readouterr().out
+    assert {path.relative_to(data): path.read_bytes() for path in data.rglob("*") if path.is_file()} == kept
+
+
+def test_no_tasks_need_no_lm_eval(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+    fetch_tasks([], tmp_path)
+    expected = {"tasks": [], "lm_eval": None, "files": {}}
+    assert read_with_seal((tmp_path / "manifest.json").read_text()) == expected
+
+
+def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+    with pytest.raises(EncoreError) as error:
+        fetch_tasks(["hellaswag"], tmp_path)
+    assert str(error.value) == (
+        "evaluate_tasks asks for hellaswag, and lm-eval, which runs them, is not installed; "
+        "`pip install -c requirements.lock -c requirements-dev.lock 'lm-eval[hf]'` brings it"
+    )
+
+
+def test_an_unknown_task_is_told_with_the_nearest(tmp_path, capfd):
+    with pytest.raises(EncoreError):
+        fetch_tasks(["helaswag"], tmp_path)
+    assert "encore: evaluate_tasks: lm-eval has no task helaswag; did you mean hellaswag?" in capfd.readouterr().err
+
+
+def test_data_of_other_tasks_is_not_taken(tmp_path):
+    fetch_tasks([], tmp_path)
+    with pytest.raises(EncoreError, match="lacks the data of hellaswag; `dvc repro download` brings it"):
+        run_tasks(["hellaswag"], tmp_path, Path("model"))
+    shutil.rmtree(tmp_path)
+
+
+def test_a_task_is_a_parameter_of_the_pipeline(finished):
+    """Asked for, it is fetched and evaluated; nothing is tokenized or trained again."""
+    run_dvc(finished, "exp", "run", "-S", "block_size=64")  # a longer context, into which a row fits
+    with serving_tasks(make_rows(4)) as (address, _):
+        output = run_dvc(finished, "exp", "run", "-S", "evaluate_tasks=[hellaswag]", HF_ENDPOINT=address)
+    assert stages_run(output) == ["check", "download", "evaluate"]
+    shown = json.loads((finished / "metrics/eval.json").read_text())["task"]["hellaswag"]
+    assert shown["acc"] in (0, 0.25, 0.5, 0.75, 1)
+    assert run_dvc(finished, "status").strip() == "Data and pipelines are up to date."

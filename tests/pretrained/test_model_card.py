@@ -1,0 +1,130 @@
+"""The model card: its numbers, its front matter, and the code that it shows."""
+
+import json
+import re
+from html import escape
+
+import pytest
+import torch
+from markdown_it import MarkdownIt
+from ruamel.yaml import YAML
+
+from encore.models.architectures import make_model
+from encore.models.gpt2 import GPT2Config
+from encore.models.nanochat import NanoChatConfig
+from encore.pretrained.hub_tokenizer import save_hub_tokenizer
+from encore.pretrained.model_card import CARD, USE, write_card
+from encore.pretrained.model_folder import save_model
+from encore.tokens.ranks import write_ranks
+from encore.tokens.tokenizer import train_bpe
+
+RECORD = {
+    "params": {"architecture": "gpt2", "n_layer": 2, "init_from": "scratch", "max_iters": 600},
+    "data": {
+        "dataset": "hf:owner/corpus/en",
+        "dataset_revision": "0123abc",
+        "licence": "cc0-1.0",
+        "tokenizer": "bpe",
+        "vocab_size": 2048,
+        "train_tokens": 3_030_201,
+    },
+    "versions": {"torch": "2.13.0", "numpy": "2.3.4"},
+}
+SUMMARY = {
+    "tokens_seen": 1_843_200,
+    "parameters": 1_308_864,
+    "iter": 900,
+    "train": {"loss": 2.96409},
+    "val": {"loss": 3.14741},
+    "device": "cpu, float32",
+    "devices": 1,
+    "tokens_per_second": 22_694.1,
+}
+
+
+def make_card(folder, **data):
+    folder.mkdir()
+    write_card(folder, {**RECORD, "data": {**RECORD["data"], **data}}, SUMMARY)
+    return (folder / CARD).read_text(encoding="utf-8")
+
+
+def front_matter(card):
+    _, front, _ = card.split("---\n", 2)
+    return YAML(typ="safe").load(front)
+
+
+def test_what_it_says(tmp_path):
+    card = make_card(tmp_path / "model")
+    assert front_matter(card) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "datasets": ["owner/corpus"],
+    }
+    for line in (
+        "| data | `hf:owner/corpus/en` at `0123abc` |",
+        "| licence of the data | cc0-1.0 |",
+        "| tokens | 1,843,200 seen, 3,030,201 in the training split |",
+        "| tokenizer | `bpe`, 2,048 ids |",
+        "| parameters | 1,308,864 |",
+        "| started from | `scratch` |",
+        "| iterations | 900 |",
+        "| loss | train 2.9641, val 3.1474 nats a token |",
+        "| hardware | 1 x cpu, float32 |",
+        "| versions | torch 2.13.0, numpy 2.3.4 |",
+    ):
+        assert line in card.splitlines()
+    shown = card.split("```json\n")[1].split("```")[0]
+    assert json.loads(shown) == RECORD["params"]
+    assert "22,694" not in card, "what a clock says would make the same run's bytes differ"
+
+
+def test_what_the_hub_says_of_the_licence_is_text(tmp_path):
+    """The data set's card is its owner's, and so are the names of files."""
+    licence = "mit |\n\n# <script>alert(1)</script> ![x](http://elsewhere/x.png)"
+    card = make_card(tmp_path / "model", licence=licence, dataset="files:`|<img src=//elsewhere>/*.txt")
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(card.split("---\n", 2)[2])
+    for written in (licence, "files:`|<img src=//elsewhere>/*.txt"):
+        assert f"<td>{escape(' '.join(written.split()))}" in html
+    assert not re.search("<(script|img|a )", html)
+    assert html.count("<h1>") == 1
+
+
+def test_only_data_of_the_hub_is_named_to_the_hub(tmp_path):
+    assert "datasets" not in front_matter(make_card(tmp_path / "model", dataset="package:sympy"))
+
+
+def test_what_transformers_cannot_load_says_so(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_card(folder, {**RECORD, "params": {**RECORD["params"], "architecture": "nanochat-plus"}}, SUMMARY)
+    card = (folder / CARD).read_text(encoding="utf-8")
+    assert "library_name" not in front_matter(card)
+    assert "# A nanochat-plus model trained" in card
+    assert "transformers cannot load it" in card
+    assert "from_pretrained" not in card
+
+
+SHAPE = {"vocab_size": 290, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 16}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [("gpt2", GPT2Config(**SHAPE, bias=False)), ("nanochat", NanoChatConfig(**SHAPE))],
+    ids=["gpt2", "nanochat"],
+)
+def test_its_code_runs_on_a_model_folder(tmp_path, monkeypatch, capsys, architecture, config):
+    pytest.importorskip("transformers")
+    ranks = train_bpe(["Once upon a time there was a model. " * 3, "It wrote what it had read."], 290)
+    torch.manual_seed(0)
+    model = make_model(config)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_model(folder, model, write_ranks(ranks), {})
+    save_hub_tokenizer(folder, ranks, 64)
+    write_card(folder, {**RECORD, "params": {**RECORD["params"], "architecture": architecture}}, SUMMARY)
+    assert f"# A {'GPT-2' if architecture == 'gpt2' else 'nanochat model'} trained" in (folder / CARD).read_text()
+    assert f"```python\n{USE}```" in (folder / CARD).read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    exec(USE, {})
+    assert capsys.readouterr().out.startswith("Once")

@@ -1,0 +1,399 @@
+"""encore/report/page.py and what it draws on: the page has the numbers of the files, and obeys none of their text."""
+
+import csv
+import hashlib
+import html
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from encore.errors import EncoreError
+from encore.report import pipeline_graph, tables
+from encore.report.page import render
+from encore.report.results import add_clocks, load_results, read_params, read_tsv, split_samples
+from encore.report.revisions import find_revision
+from stages.evaluate import as_markdown
+from tests.browser import chromium_page
+from tests.conftest import PAGE, pipeline_environment, run_dvc
+from tests.sealed import with_seal
+
+
+def run_report(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "encore", "report", *arguments]
+    return subprocess.run(command, cwd=repository, env=pipeline_environment(), capture_output=True, text=True)
+
+
+@pytest.fixture
+def here(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished repository as the working directory."""
+    monkeypatch.chdir(finished)
+    return finished
+
+
+@pytest.fixture(scope="session")
+def _compared(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repository = tmp_path_factory.mktemp("compared") / "repository"
+    subprocess.run(["cp", "-r", str(_finished), str(repository)], check=True)
+    run_dvc(repository, "exp", "run", "-S", "max_iters=14", "-n", "longer")
+    subprocess.run(["git", "checkout", "-q", "HEAD", "."], cwd=repository, check=True)
+    run_dvc(repository, "checkout")
+    return repository
+
+
+@pytest.fixture
+def compared(_compared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with the experiment `longer`, of 14 iterations where HEAD has 12, as the working directory."""
+    monkeypatch.chdir(_compared)
+    return _compared
+
+
+def rows_of(page: str, section: str) -> dict[str, list[str]]:
+    """The tables of a section: the cells of each row, without tags, by the row's first cell."""
+    part = re.split(r'<h2 id="', page.split(f'<h2 id="{section}">')[1])[0]
+    rows = {}
+    for row in re.findall(r"<tr[^>]*>(.*?)</tr>", part, re.S):
+        cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S)
+        name, *values = (" ".join(html.unescape(re.sub(r"<[^>]*>", " ", cell)).split()) for cell in cells)
+        rows[name] = values
+    return rows
+
+
+def datasets_of(page: str) -> dict[str, list[dict[str, Any]]]:
+    found = re.search(r"^const datasets = (.*);$", page, re.M)
+    assert found
+    return json.loads(found[1])
+
+
+def rows_of_file(path: Path) -> list[dict[str, float]]:
+    with path.open() as file:
+        return [{key: float(cell) for key, cell in row.items()} for row in csv.DictReader(file, delimiter="\t")]
+
+
+def test_the_numbers_of_the_page_are_those_of_the_files(here: Path) -> None:
+    page = render([find_revision("workspace")])
+    shown = rows_of(page, "numbers")
+    for name in ("tokens", "eval"):
+        numbers = json.loads((here / f"metrics/{name}.json").read_text())
+        for key, value in numbers.get("eval", numbers).items():
+            (cell,) = shown[key.replace("_", " ")]
+            if isinstance(value, bool):
+                assert cell == str(value).lower()
+            else:
+                assert float(cell.replace(",", "")) == pytest.approx(value, rel=1e-4)
+    parameters = rows_of(page, "parameters")
+    assert parameters["max_iters"][0] == "12"
+    assert parameters["token_cap"][0] == "3_000_000"
+    assert parameters["lr_decay_iters"][0] == "null"
+    lock = (here / "dvc.lock").read_text()
+    facts = rows_of(page, "provenance")
+    for path in ("data/raw", "data/tokens", "model"):
+        (md5,) = facts[f"{path} (md5 in dvc.lock)"]
+        assert re.search(rf"- path: {path}\n      hash: md5\n      md5: {re.escape(md5)}\n", lock)
+
+
+def test_the_curves_of_the_page_are_those_of_the_files(here: Path) -> None:
+    drawn = datasets_of(render([find_revision("workspace")]))
+    for table, column in (("train", "lr"), ("train", "grad_norm"), ("speed", "mfu"), ("speed", "tokens_per_second")):
+        rows = rows_of_file(here / f"metrics/{table}.tsv")
+        assert [(row["iter"], row[column]) for row in drawn[table]] == [(row["iter"], row[column]) for row in rows]
+    expected = {
+        "single steps": [row["loss"] for row in rows_of_file(here / "metrics/train.tsv")],
+        "train": [row["train_loss"] for row in rows_of_file(here / "metrics/eval.tsv")],
+        "val": [row["val_loss"] for row in rows_of_file(here / "metrics/eval.tsv")],
+    }
+    assert {name: [row["loss"] for row in drawn["losses"] if row["series"] == name] for name in expected} == expected
+    # 4 sequences of 16 tokens, twice, an iteration.
+    assert all(row["tokens"] == row["iter"] * 128 for table in ("losses", "train", "speed") for row in drawn[table])
+    positions = rows_of_file(here / "metrics/position.tsv")
+    assert [(row["position"], row["loss"]) for row in drawn["position"]] == [tuple(row.values()) for row in positions]
+
+
+def test_hours_add_up_the_steps_before_a_row() -> None:
+    curves: dict[str, list[dict[str, Any]]] = {
+        "speed": [{"iter": 10, "ms_per_iter": 360.0}, {"iter": 30, "ms_per_iter": 720.0}],
+        "eval": [{"iter": 0}, {"iter": 5}, {"iter": 20}, {"iter": 30}],
+    }
+    add_clocks(curves, tokens_per_iter=8)
+    # 10 steps of 0.36 s and 20 of 0.72 s, an hour being 3600 s.
+    assert [row["hours"] for row in curves["speed"]] == pytest.approx([0.001, 0.005])
+    assert [row["hours"] for row in curves["eval"]] == pytest.approx([0, 0.0005, 0.003, 0.005])
+    assert [row["tokens"] for row in curves["eval"]] == [0, 40, 160, 240]
+
+
+def test_a_step_without_a_norm_is_a_gap() -> None:
+    assert read_tsv(b"iter\tgrad_norm\n1\t\n2\t5e-05\n") == [
+        {"iter": 1, "grad_norm": None},
+        {"iter": 2, "grad_norm": 5e-5},
+    ]
+
+
+def test_each_parameter_has_its_meaning_and_group() -> None:
+    params = read_params(PAGE.read_text())
+    lines = dict(re.findall(r"^(\w+): .*? # (.*)$", PAGE.read_text(), re.M))
+    assert {param.key: param.meaning for param in params} == lines
+    assert list(dict.fromkeys(param.group for param in params)) == [
+        "Data",
+        "Model",
+        "Training",
+        "Watching",
+        "Evaluation",
+    ]
+    groups = {param.key: param.group for param in params}
+    assert (groups["split_seed"], groups["architecture"], groups["top_k"]) == ("Data", "Model", "Evaluation")
+
+
+def test_samples_are_taken_apart_at_their_fences() -> None:
+    markdown = (
+        "# What\n\n## Sample 1\n\n~~~~~~text\ndef\n\n## no heading\n~~~~~~\n\n## Sample 2\n\n~~~~~~text\n\n~~~~~~\n"
+    )
+    assert split_samples(markdown) == [("Sample 1", "def\n\n## no heading"), ("Sample 2", "")]
+    texts = ["a\n~~~~~~\n\n## Sample 9\n\n~~~~~~text\nb", "~~~~~~~~~", ""]
+    assert split_samples(as_markdown("> ", texts)) == [(f"Sample {n}", f"> {text}") for n, text in enumerate(texts, 1)]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (3_030_201, "3,030,201"),
+        (3.1582246, "3.1582"),
+        (21586.57, "21,587"),
+        (1.5e6, "1,500,000"),
+        (6e-5, "6e-05"),
+        (True, "true"),
+        ("cpu, float32", "cpu, float32"),
+    ],
+)
+def test_metrics_as_text(value: Any, shown: str) -> None:
+    assert tables.as_text(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.54, "0.5 s"), (42.4, "42 s"), (59.6, "1 min 0 s"), (192, "3 min 12 s"), (57_720, "16 h 2 min")],
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert tables.as_duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "first", "shown"),
+    [
+        (300, 900, "-600"),
+        (3.5, 3.0, "+0.5"),
+        (4434.25, 33996.5, "-29,562"),
+        (1.0, 1.0, ""),
+        (True, False, ""),
+        ("a", "b", ""),
+        (None, 1, ""),
+    ],
+)
+def test_differences(value: Any, first: Any, shown: str) -> None:
+    assert tables.difference(value, first) == shown
+
+
+PIPELINE = {
+    "check": {"outs": ["checked"]},
+    "load": {"deps": ["checked", "code.py"], "outs": ["raw.txt", "init.txt"]},
+    "count": {"deps": ["raw.txt"], "metrics": [{"count.json": {"cache": False}}]},
+    "train": {"deps": ["raw.txt", "init.txt"], "outs": ["model.txt"], "plots": [{"loss.tsv": {"cache": False}}]},
+    "judge": {"deps": ["raw.txt", "model.txt"], "metrics": ["judge.json"]},
+}
+
+
+def line(stage: str, witness: str, content: str, run: str, pid: int = 7) -> dict[str, Any]:
+    """A line of the history, of a stage that wrote `content` in the dvc that started at second `run`."""
+    started = f"2026-01-01T00:00:{run}+00:00"
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    return {
+        "stage": stage,
+        "started": started,
+        "seconds": 1.5,
+        "run": {"pid": pid, "started": started},
+        "witness": witness,
+        "sha256": sha256,
+    }
+
+
+def test_the_history_says_what_ran_and_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("checked", "raw.txt", "count.json", "model.txt", "judge.json"):
+        Path(name).write_text(name)
+    history = [
+        line("check", "checked", "checked", "10"),
+        line("load", "raw.txt", "raw.txt", "10"),
+        line("train", "model.txt", "model.txt", "10"),
+        line("judge", "judge.json", "judge.json", "40", pid=8),  # the same number of seconds, another process
+        line("train", "model.txt", "of other parameters", "40"),
+        line("count", "count.json", "count.json", "40.300"),  # the same process, its start read 0.3 s later
+        line("check", "checked", "checked", "40"),
+    ]
+    stages = {stage.name: stage for stage in pipeline_graph.read_stages(PIPELINE, history)}
+    assert {name: stage.status for name, stage in stages.items()} == {
+        "check": "ran",
+        "load": "cached",
+        "count": "ran",
+        "train": "cached",
+        "judge": "cached",
+    }
+    assert f"{stages['train'].started:%S}" == "10"
+    assert stages["judge"].reads == ["raw.txt", "model.txt"]
+    assert stages["train"].writes == ["model.txt", "loss.tsv"]
+    assert {stage.status for stage in pipeline_graph.read_stages(PIPELINE, [])} == {"elsewhere"}
+
+
+def test_the_drawing_has_the_arrows_that_no_others_imply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    drawing = pipeline_graph.draw(pipeline_graph.read_stages(PIPELINE, []))
+    arrows = {(before.stage.name, after.stage.name) for before, after in drawing.arrows}
+    assert arrows == {("check", "load"), ("load", "count"), ("load", "train"), ("train", "judge")}
+    rows = {box.stage.name: box.y for box in drawing.boxes}
+    assert rows["check"] < rows["load"] < rows["count"] == rows["train"] < rows["judge"]
+    assert all(box.x >= 0 and box.x + box.width <= drawing.width for box in drawing.boxes)
+    assert max(rows.values()) + pipeline_graph.BOX_HEIGHT < drawing.height
+
+
+def test_a_damaged_history_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ENCORE_SCRATCH", str(tmp_path))
+    old = line("train", "model.txt", "x", "10")  # as Encore wrote it before there were seals
+    good = with_seal(old)
+    flipped = json.dumps(good).replace('"seconds": 1.5', '"seconds": 9.5')
+    lines = [json.dumps(good), '{"stage": "tra', "[]", "{}", flipped, json.dumps(old)]
+    (tmp_path / "history.jsonl").write_text("".join(f"{each}\n" for each in lines))
+    assert pipeline_graph.read_history() == [good, old]
+    numbers = re.findall(r"history\.jsonl, line (\d), is damaged", capsys.readouterr().err)
+    assert numbers == ["2", "3", "4", "5"]
+
+
+def write_output(repository: Path, name: str, data: bytes) -> None:
+    """Puts other bytes in the place of an output, and their hash into dvc.lock, as DVC does."""
+    lock = (repository / "dvc.lock").read_text()
+    old = hashlib.md5((repository / name).read_bytes()).hexdigest()
+    assert old in lock
+    (repository / "dvc.lock").write_text(lock.replace(old, hashlib.md5(data).hexdigest()))
+    (repository / name).unlink()  # it may be a link into DVC's cache
+    (repository / name).write_bytes(data)
+
+
+NASTY = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> {{ 7 * 7 }} \u2028 &amp; 中"
+
+
+def test_text_of_the_model_is_shown_and_not_obeyed(here: Path) -> None:
+    write_output(here, "metrics/samples.md", f"## Sample {NASTY}\n\n~~~~~~text\n{NASTY}\n~~~~~~\n".encode())
+    page = render([find_revision("workspace")])
+    assert page.count("<script>") == page.count("</script") == 2
+    assert "<img" not in page.split("<script>")[0]  # vega itself has the word
+    (here / "report.html").write_text(page, encoding="utf-8")
+    with chromium_page(offline=True) as browser:
+        browser.goto((here / "report.html").as_uri())
+        assert browser.evaluate("window.hacked") is None
+        assert browser.locator("article pre").inner_text() == NASTY
+        assert browser.problems == []
+
+
+def test_an_edited_page_is_told_of_and_the_old_values_are_shown(here: Path) -> None:
+    assert 'class="notice"' not in render([find_revision("workspace")])
+    page = here / "params.yaml"
+    page.write_text(re.sub(r"(?m)^max_iters: .*$", "max_iters: 5000", page.read_text()))
+    report = render([find_revision("workspace")])
+    assert "edited since these results were made (max_iters)" in report
+    assert rows_of(report, "parameters")["max_iters"][0] == "12"
+
+
+def test_before_the_first_run_it_is_a_sentence(finished: Path) -> None:
+    (finished / "metrics/eval.json").unlink()
+    done = run_report(finished)
+    assert done.returncode == 1
+    sentence = "metrics/eval.json is missing; a report wants a finished run, which `dvc repro` makes"
+    assert done.stderr == f"encore: {sentence}\n"
+    assert not (finished / "report.html").exists()
+
+
+def test_a_name_that_is_none_lists_the_experiments(compared: Path) -> None:
+    with pytest.raises(
+        EncoreError, match=r"^there is no experiment or commit named shorter; there are workspace, longer,"
+    ):
+        find_revision("shorter")
+    with pytest.raises(EncoreError, match="named --all;"):
+        find_revision("--all")
+
+
+def test_two_runs_side_by_side(compared: Path) -> None:
+    page = render([find_revision("workspace"), find_revision("longer")])
+    assert rows_of(page, "parameters") == {"key": ["workspace", "longer"], "max_iters": ["12", "14"]}
+    numbers = rows_of(page, "numbers")
+    assert numbers["iter"] == ["12", "14 +2"]
+    assert numbers["tokens seen"] == ["1,536", "1,792 +256"]
+    assert numbers["train tokens"][0] == numbers["train tokens"][1]
+    committed = json.loads(subprocess.check_output(["git", "show", "HEAD:metrics/metrics.json"]))
+    experiment = json.loads(
+        subprocess.check_output(["git", "show", f"{find_revision('longer').commit}:metrics/metrics.json"])
+    )
+    was, now = committed["val"]["loss"], experiment["val"]["loss"]
+    assert numbers["val.loss"] == [f"{was:.5g}", f"{now:.5g} {now - was:+.4g}"]
+    drawn = datasets_of(page)
+    assert {(row["run"], row["series"]) for row in drawn["losses"]} == {
+        (run, series) for run in ("workspace", "longer") for series in ("train", "val")
+    }
+    assert max(row["iter"] for row in drawn["train"] if row["run"] == "longer") == 14
+    assert page.count("<article") == 2
+    assert "The code differs" not in page
+
+
+def test_one_experiment_alone_has_its_own_numbers_and_samples(compared: Path) -> None:
+    page = render([find_revision("longer")])
+    assert rows_of(page, "parameters")["max_iters"][0] == "14"
+    assert page.count("<article") == 1
+    assert 'id="pipeline"' not in page
+
+
+def test_samples_that_are_nowhere_are_said_to_be(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished)
+    subprocess.run(["rm", "-rf", ".dvc/cache"], check=True)
+    page = render([find_revision("HEAD")])
+    assert "Those of HEAD are not on this machine" in page
+    assert load_results(find_revision("HEAD")).samples is None
+
+
+def nearest_numbers(page: Any) -> dict[str, str]:
+    """What the first figure says of the point nearest to its middle."""
+    page.locator(".plot svg").first.hover()
+    rows = page.locator("#vg-tooltip-element tr").all_inner_texts()
+    return dict(re.split(r"\s+", row.strip(), maxsplit=1) for row in rows)
+
+
+@pytest.mark.parametrize("names", [["workspace"], ["workspace", "longer"]], ids=["one", "two"])
+def test_it_renders_offline_on_any_screen(compared: Path, tmp_path: Path, names: list[str]) -> None:
+    path = tmp_path / "report.html"
+    assert run_report(compared, *names, "--out", str(path)).stdout == f"Report: {path}\n"
+    for scheme, width in (("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390)):
+        with chromium_page(offline=True, color_scheme=scheme, viewport={"width": width, "height": 800}) as page:
+            requests: list[str] = []
+            page.on("request", lambda request, seen=requests: seen.append(request.url))
+            page.goto(path.as_uri())
+            page.wait_for_function("document.querySelectorAll('.plot svg').length === 7")
+            marks = page.evaluate(
+                "[...document.querySelectorAll('.plot')].map(e => e.querySelectorAll('.mark-line path').length)"
+            )
+            losses = 3 if len(names) == 1 else 4
+            assert marks[:2] == [losses, losses]
+            assert marks[2:] == [len(names)] * 5
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            ends = "[...document.querySelectorAll('.plot svg')].map(figure => figure.getBoundingClientRect().right)"
+            assert max(page.evaluate(ends)) <= width
+            assert nearest_numbers(page)["iter"] in {"0", "3", "4", "6", "8", "9", "10", "12", "14"}
+            assert nearest_numbers(page)["run"] in names
+            background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            label = page.evaluate("document.querySelector('.plot .role-axis-label text').getAttribute('fill')")
+            assert (background, label) == {
+                "light": ("rgb(252, 252, 251)", "#63635e"),
+                "dark": ("rgb(22, 22, 21)", "#a3a39c"),
+            }[scheme]
+            assert page.problems == []
+            assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
