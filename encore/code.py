@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import tokenize
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def path_of(module: str) -> Path:
 @cache
 def _imports_of(path: Path) -> list[str]:
     names = []
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in _statements(_parse(path)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -87,20 +88,34 @@ def _imports_of(path: Path) -> list[str]:
     return [name for name in names if _is_ours(name)]
 
 
+@cache
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_bytes())
+
+
+def _statements(node: ast.AST) -> Iterator[ast.stmt]:
+    """All statements below a node. Expressions, of which there are far more, are not entered."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt):
+            yield child
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield from _statements(child)
+
+
 def _is_ours(module: str) -> bool:
     return module.split(".")[0] in PACKAGES
 
 
 @cache
 def _essence_sha256(path: Path) -> str:
-    return hashlib.sha256(essence(path.read_text(encoding="utf-8")).encode()).hexdigest()
+    return hashlib.sha256(essence(path.read_text(encoding="utf-8"), _parse(path)).encode()).hexdigest()
 
 
-def essence(source: str) -> str:
+def essence(source: str, tree: ast.Module) -> str:
     """The source without comments, docstrings, blank lines and line breaks within brackets: the same text under every
     Python, which a syntax tree is not."""
     lines = source.splitlines(keepends=True)
-    docstrings = _docstring_starts(source)
+    docstrings = _docstring_starts(tree)
     kept = [list(line) for line in lines]
     ends_docstring = False
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -123,9 +138,12 @@ def _blank(kept: list[list[str]], lines: list[str], start: tuple[int, int], end:
         column = 0
 
 
-def _docstring_starts(source: str) -> set[tuple[int, int]]:
+def _docstring_starts(tree: ast.Module) -> set[tuple[int, int]]:
+    """(row, column) of each docstring."""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [
-        node for node in ast.walk(ast.parse(source)) if isinstance(node, owners) and ast.get_docstring(node) is not None
-    ]
-    return {(node.body[0].lineno, node.body[0].col_offset) for node in nodes}
+    firsts = [node.body[0] for node in (tree, *_statements(tree)) if isinstance(node, owners) and node.body]
+    return {(first.lineno, first.col_offset) for first in firsts if _is_text(first)}
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

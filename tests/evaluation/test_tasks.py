@@ -20,9 +20,9 @@ from encore.tokens.ranks import read_ranks
 from encore.tokens.token_files import RANKS_FILE
 from encore.tokens.tokenizer import load_tokenizer
 from tests.conftest import run_dvc
+from tests.pipeline.test_pipeline import stages_run
 from tests.sealed import read_with_seal
 from tests.task_hub import make_rows, serving_tasks
-from tests.test_pipeline import stages_run
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 

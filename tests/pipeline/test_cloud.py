@@ -15,8 +15,8 @@ from encore.scratch import scratch_folder
 from tests.bucket import NAME, SECRET, USER, Bucket, serving
 from tests.conftest import ROOT, pipeline_environment, run_dvc
 from tests.hub import answering
+from tests.pipeline.test_pipeline import data_hashes, stages_run
 from tests.ranks import find_port
-from tests.test_pipeline import data_hashes, stages_run
 
 CLOUD = ROOT / "cloud"
 TASK: dict[str, Any] = YAML(typ="safe", pure=True).load((CLOUD / "encore.yaml").read_text())

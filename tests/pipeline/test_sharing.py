@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from encore.files import sha256_of
 from tests.bucket import NAME, SECRET, USER, Bucket, serving
 from tests.conftest import commit, run_dvc
-from tests.test_pipeline import stages_run
+from tests.pipeline.test_pipeline import stages_run
 
 
 @dataclass

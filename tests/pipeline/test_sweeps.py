@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from tests.conftest import read_page, run_dvc
-from tests.test_pipeline import stages_run
+from tests.pipeline.test_pipeline import stages_run
 
 
 def wait_for_worker(repository: Path) -> None:

@@ -9,7 +9,7 @@ import tiktoken
 from encore.files import write_json
 from encore.pretrained.hub_tokenizer import describe, find_merges, save_hub_tokenizer
 from encore.tokens.tokenizer import END_OF_TEXT, make_tokenizer, train_bpe
-from tests.test_tokenizer import NASTY_TEXTS
+from tests.tokens.test_tokenizer import NASTY_TEXTS
 
 PROSE = [
     f"It was the {n}th day; they hadn't seen {n * 37} ships, naïve or otherwise.\n\n  So they'd wait."

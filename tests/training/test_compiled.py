@@ -15,9 +15,9 @@ from encore.errors import EncoreError
 from encore.models import nanochat
 from encore.training.compiled_check import LARGEST_ERROR, check_compiled
 from tests.conftest import MODERN
+from tests.models.test_architectures import CONFIGS, random_model
 from tests.small_models import make_tokens
 from tests.small_runs import small_machine, trainer_in, weights_of
-from tests.test_models import CONFIGS, random_model
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
