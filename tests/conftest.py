@@ -1,6 +1,12 @@
 """What many tests need: a page of parameters, a folder of tokens, and a whole copy of the repository to run DVC in."""
 
 import os
+
+# Two workers share two cores: torch's threads would wait for each other, in models this small far longer than they
+# compute. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import functools
 import shutil
 import subprocess
 import sys
@@ -10,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from filelock import FileLock
 from ruamel.yaml import YAML
 
 from encore.files import write_whole
@@ -128,6 +136,15 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile up to the traces of both passes, which then run as they are: all but the making of kernels, which
+    takes a minute for a model. tests/training/test_compiled.py makes those."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    torch.compiler.reset()
+
+
 def copy_repository(target: Path) -> Path:
     """A fresh repository with the files that git has or would take here, committed, and no DVC cache."""
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
@@ -175,15 +192,29 @@ def run_dvc(repository: Path, *arguments: str, exit_code: int = 0, **environment
 SMALL = {**TINY, "max_iters": 12, "log_interval": 2, "eval_interval": 4, "checkpoint_interval": 4, "num_samples": 1}
 
 
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder that `make` fills: once for all workers, and the others wait."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            make(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def _finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    repository = copy_repository(tmp_path_factory.mktemp("pipeline") / "repository")
+    return make_once(tmp_path_factory, "finished", run_small_pipeline)
+
+
+def run_small_pipeline(target: Path) -> None:
+    """The whole pipeline on the default data, with a small model."""
+    repository = copy_repository(target)
     (repository / "dvc.lock").unlink()  # it would spare the stages whose results are in git
     write_page(repository / "params.yaml", **SMALL)
     commit(repository, "a small page")
     (repository / "output.txt").write_text(run_dvc(repository, "repro"))
     commit(repository, "results")
-    return repository
 
 
 @pytest.fixture

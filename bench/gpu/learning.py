@@ -26,12 +26,13 @@ def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
     """One training at a time; the next ones compile meanwhile, or find what the first of their model has compiled."""
     tokens = make_tokens(folder / "tokens", tiny) if tiny else find_text(folder / "tokens")
     iterations = TINY_ITERATIONS if tiny else ITERATIONS
+    rates, shares = (RATES[:1], SHARES[:1]) if tiny else (RATES, SHARES)
     common: Page = {"batch_size": BATCH_SIZE, "gradient_accumulation_steps": 1}
     adamw = {"max_iters": iterations, "warmup_iters": iterations // 10}
     recipes = {
-        "GPT-2": [gpt2(tiny, **common, **adamw, learning_rate=rate, min_lr=rate / 10) for rate in RATES],
-        "nanochat-plus": [nanochat_plus(tiny, **common, max_iters=iterations // share) for share in SHARES],
-        "nanochat": [nanochat(tiny, **common, max_iters=iterations // share) for share in SHARES],
+        "GPT-2": [gpt2(tiny, **common, **adamw, learning_rate=rate, min_lr=rate / 10) for rate in rates],
+        "nanochat-plus": [nanochat_plus(tiny, **common, max_iters=iterations // share) for share in shares],
+        "nanochat": [nanochat(tiny, **common, max_iters=iterations // share) for share in shares],
     }
     firsts = {name: Job.start(folder / name, pages[0], tokens, "train") for name, pages in recipes.items()}
     print_head("model", "by", "learning rate", "iterations", "minutes", "val loss, whole split")

@@ -48,12 +48,15 @@ def soft_cap(scores: torch.Tensor, cap: float) -> torch.Tensor:
     return cap * torch.tanh(scores / cap)
 
 
-@torch.compiler.assume_constant_result
 def scores_at_once(device: torch.device) -> int:
     """How many scores are held at once. On a GPU a power of two, so that cards of a kind agree to the bit."""
     if device.type != "cuda":
         return SCORES_AT_ONCE
     return scores_on_gpu(torch.cuda.get_device_properties(device).total_memory)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler, 2 seconds, also where none is used.
+scores_at_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def scores_on_gpu(memory_bytes: float) -> int:

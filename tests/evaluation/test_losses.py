@@ -3,7 +3,6 @@
 import copy
 import math
 import random
-import shutil
 
 import numpy as np
 import pytest
@@ -84,8 +83,7 @@ class Mute(Ranks):
         return tensor
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
-def test_a_compiled_evaluation_is_the_plain_one(windows, compiler):
+def test_a_compiled_evaluation_is_the_plain_one(windows, traced):
     """Three windows and no rest, which would be another shape to compile."""
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=300, block_size=233, n_layer=1, n_head=2, n_embd=32, bias=False))

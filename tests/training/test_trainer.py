@@ -2,7 +2,6 @@
 
 import copy
 import math
-import shutil
 
 import pytest
 import torch
@@ -165,8 +164,7 @@ def test_sixteen_bits_learn_like_float32_with_weights_in_float32(make_trainer, d
     assert {tensor.dtype for tensor in weights_of(trainer).values()} == {torch.float32}
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
-def test_compiled_training_agrees_with_the_plain_one(make_trainer, compiler):
+def test_compiled_training_agrees_with_the_plain_one(make_trainer, traced):
     sizes = {"n_layer": 1, "max_iters": 10, "gradient_accumulation_steps": 1, "block_size": 8}
     plain = run(make_trainer("plain", **sizes))
     trainer = make_trainer("compiled", compile=True, **sizes)
