@@ -11,13 +11,15 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repository repro report play test
+.PHONY: help setup repository repro report play lint docs quick test
 
 help:
 	@echo 'make repro   set up, then run the pipeline on params.yaml and show what came out'
 	@echo 'make report  one page about the results; EXPERIMENTS="a b" puts experiments side by side'
 	@echo 'make play    a page to try the model on'
-	@echo 'make test    set up, then lint, check types and run all tests'
+	@echo 'make quick   set up, then lint, check types and run the fast tests'
+	@echo 'make test    the same with all tests'
+	@echo 'make docs    the documentation as a site, in site/'
 	@echo 'make setup   make .venv with the versions of requirements.lock'
 
 setup: .venv/ready .dvc/plots_template.html
@@ -61,9 +63,18 @@ play: .venv/play
 	@$(PIP) -r requirements-dev.lock || { $(FAILED); }
 	@touch $@
 
-test: .venv/dev
+lint: .venv/dev
 	ruff check .
 	ruff format --check .
 	mypy
-	lint-imports
-	pytest -n logical --dist loadfile
+	lint-imports --no-logo
+
+docs: .venv/dev
+	zensical build --strict --clean
+
+quick: lint
+	pytest -n logical -m 'not slow'
+
+# Two at a time where there are two cores; a worker takes the next test when it is free, the slowest first.
+test: lint docs
+	pytest -n logical --dist worksteal

@@ -21,13 +21,14 @@ from encore.errors import EncoreError
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("encore", "stages")
 FOLDER = Path("data/code")
-# Not followed, since no result is made of them: error messages, progress bars, the history. Nor the schema of
-# params.yaml, since dvc.yaml tracks each value that a stage gets. So a new key or a better message reruns no training.
+# Not followed, since no result is made of them: error messages, progress bars, the history, the scratch folder. Nor
+# the schema of params.yaml: dvc.yaml tracks each value that a stage gets. So a better message reruns no training.
 SILENT = {
     "encore.errors",
     "encore.params",
     "encore.pipeline.stage_history",
     "encore.progress",
+    "encore.scratch",
     "encore.streams",
     "encore.system_errors",
 }

@@ -1,4 +1,7 @@
-"""Progress that suits whoever watches: a bar with rate and time left in a terminal, a line now and then in a log."""
+"""Progress that suits whoever watches: tqdm's bar with rate and time left in a terminal, a line now and then in a log.
+
+tqdm alone writes a bar into a log as well, ten times a second.
+"""
 
 import sys
 import time

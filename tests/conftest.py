@@ -198,7 +198,8 @@ def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
-            make(folder)
+            make(partial := folder.with_suffix(".partial"))
+            partial.rename(folder)
     return folder
 
 

@@ -1,7 +1,8 @@
 """What a data set on the Hugging Face Hub has at a pinned commit, and which of its files give the text that is wanted.
 
 What was fetched stays in a store outside DVC's outputs: complete files under their own names, checked before each
-use, and partial ones beside them, continued where they ended.
+use, and partial ones beside them, continued where they ended. huggingface_hub lists the files; transfer.py says why it
+does not fetch them.
 """
 
 import threading

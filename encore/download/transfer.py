@@ -1,4 +1,7 @@
-"""Bytes over HTTP: continued where they ended, and checked as they arrive."""
+"""Bytes over HTTP: continued where they ended, and checked as they arrive.
+
+Ours, since huggingface_hub compares sizes and not hashes: of a file with one wrong byte, hf_hub_download said nothing.
+"""
 
 import fcntl
 import hashlib

@@ -1,5 +1,7 @@
 """Sampled tokens as HTML: a span each, tinted by how surprising it was, with what the tooltip says of it.
 
+Written here, since gradio's HighlightedText has one label for a token and no table of the likeliest.
+
 A probability is the model's own: the softmax of its scores, before temperature, top-k and top-p.
 """
 

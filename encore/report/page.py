@@ -59,7 +59,7 @@ def render(revisions: list[Revision]) -> str:
         figures=drawn,
         datasets=datasets(runs),
         provenance=[tables.provenance(*pair) for pair in zip(runs, revisions, strict=True)],
-        **(about_one(runs[0], revisions[0]) if len(runs) == 1 else about_several(runs)),
+        **(about_one(runs[0], revisions[0]) if len(runs) == 1 else about_several(runs, revisions)),
     )
 
 
@@ -77,10 +77,10 @@ def about_one(run: Results, revision: Revision) -> dict[str, Any]:
     }
 
 
-def about_several(runs: list[Results]) -> dict[str, Any]:
+def about_several(runs: list[Results], revisions: list[Revision]) -> dict[str, Any]:
     """What differs."""
     return {
         "params": tables.differing_params(runs),
         "metrics": tables.metric_rows(runs),
-        "code": tables.differing_code(runs),
+        "code": tables.differing_code(runs, revisions),
     }

@@ -1,4 +1,7 @@
-"""The pipeline as a graph: which stages feed which, and where the results that lie here came from."""
+"""The pipeline as a graph: which stages feed which, and where the results that lie here came from.
+
+Drawn here, since graphviz wants a program that pip does not install, and mermaid 3.6 MB of script in a page of 1 MB.
+"""
 
 import sys
 from dataclasses import dataclass

@@ -168,7 +168,7 @@ def _last_comment(lines: str) -> str:
 
 
 def params_used(lock: dict[str, LockedStage], stages: dict[str, Any]) -> dict[str, Any]:
-    """The values that dvc.lock has for the stages which list their keys; check_params, which has all, runs first
+    """The values that dvc.lock has for the stages which list their keys; the stage check, which has all, runs first
     and says nothing about the results."""
     named = [lock[stage] for stage in stages if stage in lock and "params.yaml:" not in _entries(stages[stage])]
     return {key: value for stage in named for key, value in stage.get("params", {}).get("params.yaml", {}).items()}

@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any
 
+from encore.code import FOLDER
 from encore.errors import bring_back
 from encore.pretrained.init_from import parse_record
 from encore.report.results import Results, check_lock, flatten, hash_of
@@ -62,14 +63,24 @@ def metric_rows(runs: list[Results]) -> list[tuple[str, list[Any]]]:
     return [(key, [metrics.get(key) for metrics in flat]) for key in dict.fromkeys(key for one in flat for key in one)]
 
 
-def differing_code(runs: list[Results]) -> list[str]:
-    """The modules, of those that a stage lists among its deps, that are not the same in all runs."""
-    hashes = [
-        {dep["path"]: dep["md5"] for stage in run.lock.values() for dep in stage["deps"] if dep["path"].endswith(".py")}
+def differing_code(runs: list[Results], revisions: list[Revision]) -> list[str]:
+    """The modules that are not the same in all runs; the list of a stage's modules where it is in nobody's cache."""
+    lists = [
+        {dep["path"]: dep["md5"] for stage in run.lock.values() for dep in stage["deps"] if _lists_code(dep["path"])}
         for run in runs
     ]
-    paths = sorted({path for one in hashes for path in one})
-    return [path for path in paths if len({one.get(path) for one in hashes}) > 1]
+    modules: set[str] = set()
+    for path in set().union(*lists):
+        if len({one.get(path) for one in lists}) > 1:
+            texts = [revision.read_output(path) for revision in revisions]
+            lines = [set(text.decode().splitlines()) for text in texts if text is not None]
+            differing = set.union(*lines) - set.intersection(*lines) if len(lines) == len(runs) else {f"- {path}"}
+            modules |= {line.split()[1] for line in differing}
+    return sorted(modules)
+
+
+def _lists_code(path: str) -> bool:
+    return path.startswith(f"{FOLDER}/")
 
 
 def provenance(run: Results, revision: Revision) -> dict[str, str]:

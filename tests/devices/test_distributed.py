@@ -1,6 +1,6 @@
 """Training on two ranks against training on one: the same steps, in whichever way ranks and micro-batches share them.
 
-All runs are done by two processes that are started once. Signals, crashes and torchrun are in test_launch.py.
+All runs are done by two processes that are started once. Signals, crashes and torchrun are in test_torchrun.py.
 """
 
 import json
