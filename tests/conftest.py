@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.token_folders import ABOUT
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "presets" / "gpt2-sympy.yaml"  # what tests change a few values of
+SITE = str(ROOT / "tests" / "site")
 
 
 @pytest.fixture(autouse=True)
@@ -168,11 +170,13 @@ def commit(repository: Path, message: str) -> None:
 def pipeline_environment(**more: str) -> dict[str, str]:
     """The environment of an activated .venv: `python` in dvc.yaml's commands is the one that runs the tests.
 
-    One thread, since threads only wait for each other in models as small as these.
+    One thread, since threads only wait for each other in models as small as these; and tests/site.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if "PYTHONPATH" in more:
+        more["PYTHONPATH"] += f"{os.pathsep}{SITE}"
     inherited = {name: value for name, value in os.environ.items() if not _is_setting(name)}
-    return {**inherited, "PATH": path, "OMP_NUM_THREADS": "1", **more}
+    return {**inherited, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": SITE, **more}
 
 
 def run_dvc(repository: Path, *arguments: str, exit_code: int = 0, **environment: str) -> str:
@@ -189,7 +193,19 @@ def run_dvc(repository: Path, *arguments: str, exit_code: int = 0, **environment
     return done.stdout
 
 
-SMALL = {**TINY, "max_iters": 12, "log_interval": 2, "eval_interval": 4, "checkpoint_interval": 4, "num_samples": 1}
+# A tenth of sympy's text, and a context into which a row of a standard task fits.
+SMALL = {
+    **TINY,
+    "dataset": "package:mpmath",
+    "dataset_revision": version("mpmath"),
+    "token_cap": 300_000,
+    "block_size": 64,
+    "max_iters": 12,
+    "log_interval": 2,
+    "eval_interval": 4,
+    "checkpoint_interval": 4,
+    "num_samples": 1,
+}
 
 
 def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -222,3 +238,22 @@ def run_small_pipeline(target: Path) -> None:
 def finished(_finished: Path, tmp_path: Path) -> Path:
     """A copy of a repository in which the whole pipeline has run, on the default data with a small model."""
     return Path(shutil.copytree(_finished, tmp_path / "repository", symlinks=True))
+
+
+@pytest.fixture(scope="session")
+def _compared(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def run_longer(target: Path) -> None:
+        shutil.copytree(_finished, target, symlinks=True)
+        output = run_dvc(target, "exp", "run", "-S", "max_iters=14", "-n", "longer")
+        (target / ".dvc" / "tmp" / "longer.txt").write_text(output)
+        subprocess.run(["git", "checkout", "-q", "HEAD", "."], cwd=target, check=True)
+        run_dvc(target, "checkout")
+
+    return make_once(tmp_path_factory, "compared", run_longer)
+
+
+@pytest.fixture
+def compared(_compared: Path, tmp_path: Path) -> Path:
+    """A copy of a repository with the experiment `longer`, of 14 iterations where HEAD has 12; and in .dvc/tmp/longer.txt
+    what dvc printed while it ran."""
+    return Path(shutil.copytree(_compared, tmp_path / "repository", symlinks=True))

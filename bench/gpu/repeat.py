@@ -33,8 +33,8 @@ def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
         "nanochat-plus": nanochat_plus(tiny, **common, batch_size=4),
         "the default": read_page("quickstart", tiny, **common),
     }
-    if tiny:  # one by AdamW, one by Muon
-        pages = {name: pages[name] for name in ("GPT-2 124M, the record's", "nanochat-plus")}
+    if tiny:
+        pages = {"nanochat-plus": pages["nanochat-plus"]}
     print_head("page", "once", "again", "killed and taken up", "")
     same = []
     with ThreadPoolExecutor(len(pages) if is_gpu() else 2) as pool:

@@ -281,7 +281,9 @@ def test_two_machines_do_what_two_ranks_of_one_do(undisturbed, tmp_path):
     assert results(first) == undisturbed.results
     # The second machine has verified what it read, and leaves a mark of that.
     assert {path.name for path in other.iterdir()} - {".encore"} == before
-    assert [path.name for path in (other / ".encore").iterdir()] == ["verified"]
+    assert {path.name for path in (other / ".encore").iterdir()} - {"compiled"} == {
+        "verified"
+    }  # torch makes the former
 
 
 @linux
@@ -332,6 +334,7 @@ def test_signals_stop_all_ranks_and_dvc_goes_on_from_there(undisturbed, tmp_path
         for process_id in ranks.values():
             wait_for_end(process_id)
 
+    run_dvc(folder, "repro", "check")
     run_dvc(folder, "repro", "--single-item", "train", **launch_settings(folder, TWO))
     assert results(folder) == undisturbed.results
     assert "resumed at iteration" in (folder / "training.log").read_text()

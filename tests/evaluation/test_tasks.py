@@ -75,7 +75,7 @@ def test_hellaswag_is_fetched_once_and_evaluated_without_a_network(tmp_path, mod
     assert len(files) > 2
     assert manifest == {"tasks": ["hellaswag"], "lm_eval": metadata.version("lm_eval"), "files": files}
 
-    result = run_tasks(["hellaswag"], data, folder)  # nobody listens at that address any more
+    result = run_tasks(["hellaswag"], data, folder, "cpu")  # nobody listens at that address any more
     acc, acc_norm = share_right(model, load_tokenizer(folder / RANKS_FILE), rows)
     assert 0 < acc < 1
     assert result["hellaswag"]["acc"] == pytest.approx(acc)
@@ -111,13 +111,12 @@ def test_an_unknown_task_is_told_with_the_nearest(tmp_path, capfd):
 def test_data_of_other_tasks_is_not_taken(tmp_path):
     fetch_tasks([], tmp_path)
     with pytest.raises(EncoreError, match="lacks the data of hellaswag; `dvc repro download` brings it"):
-        run_tasks(["hellaswag"], tmp_path, Path("model"))
+        run_tasks(["hellaswag"], tmp_path, Path("model"), "cpu")
     shutil.rmtree(tmp_path)
 
 
 def test_a_task_is_a_parameter_of_the_pipeline(finished):
     """Asked for, it is fetched and evaluated; nothing is tokenized or trained again."""
-    run_dvc(finished, "exp", "run", "-S", "block_size=64")  # a longer context, into which a row fits
     with serving_tasks(make_rows(4)) as (address, _):
         output = run_dvc(finished, "exp", "run", "-S", "evaluate_tasks=[hellaswag]", HF_ENDPOINT=address)
     assert stages_run(output) == ["check", "download", "evaluate"]

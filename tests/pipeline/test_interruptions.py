@@ -145,7 +145,7 @@ def test_other_code_wants_an_explicit_word(long_run):
         os.kill(trainer, signal.SIGKILL)
         end(dvc)
     with (long_run / "encore/training/lr_schedule.py").open("a") as file:
-        file.write("# mended\n")
+        file.write("MENDED = True\n")
     assert "made by other code" in run_dvc(long_run, "repro", exit_code=255)
     run_dvc(long_run, "repro", "train", ENCORE_RESUME_OTHER_CODE="1")
     code = json.loads((long_run / "model/encore.json").read_text())["code"]

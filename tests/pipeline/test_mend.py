@@ -174,4 +174,4 @@ def test_a_cut_off_rwlock():
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_make_repro_mends_before_it_calls_dvc():
     lines = (ROOT / "Makefile").read_text().split("\nrepro:")[1].splitlines()
-    assert lines[1:3] == ["\t@encore mend", "\t@dvc repro"]
+    assert lines[1:3] == ["\t@python -m encore mend", "\t@dvc repro"]

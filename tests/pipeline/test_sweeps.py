@@ -6,8 +6,10 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import read_page, run_dvc
-from tests.pipeline.test_pipeline import stages_run
+from tests.pipeline.test_pipeline import last_lr, stages_run
 
 
 def wait_for_worker(repository: Path) -> None:
@@ -22,7 +24,7 @@ def test_a_sweep_trains_what_is_new_and_leaves_the_workspace_alone(finished):
     """Two learning rates, of which one has been run: it comes from the run cache."""
     known = read_page(finished / "params.yaml")["learning_rate"]
     trained_at = (finished / "model/model.safetensors").stat().st_mtime
-    run_dvc(finished, "exp", "run", "--queue", "-n", "rate", "-S", f"learning_rate=1e-3,{known}")
+    run_dvc(finished, "exp", "run", "--queue", "-n", "rate", "-S", f"learning_rate=6e-4,{known}")
     run_dvc(finished, "queue", "start", ENCORE_SCRATCH=str(finished / ".encore"))
     wait_for_worker(finished)
 
@@ -31,8 +33,10 @@ def test_a_sweep_trains_what_is_new_and_leaves_the_workspace_alone(finished):
     assert stages_run(old) == []
     table = csv.DictReader(run_dvc(finished, "exp", "show", "--csv").splitlines())
     rows = {row["Experiment"]: row for row in table}
-    assert {float(rows[f"rate-{number}"]["learning_rate"]) for number in (1, 2)} == {1e-3, known}
+    assert {float(rows[f"rate-{number}"]["learning_rate"]) for number in (1, 2)} == {6e-4, known}
     assert rows["rate-1"]["val.loss"] != rows["rate-2"]["val.loss"]
+    # DVC writes 0.0006, or 6e-05, which a YAML 1.1 reader takes for a string: here it was a number.
+    assert float(rows["rate-1"]["lr"]) == pytest.approx(last_lr(6e-4, read_page()["min_lr"]))
     # One checkpoint folder for each run of training, outside the copies, which are gone.
     assert len(os.listdir(finished / ".encore/checkpoints")) == 2
     assert list((finished / ".dvc/tmp/exps").glob("tmp*")) == []

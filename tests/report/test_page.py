@@ -19,7 +19,7 @@ from encore.report.results import add_clocks, load_results, read_params, read_ts
 from encore.report.revisions import find_revision
 from stages.evaluate import as_markdown
 from tests.browser import chromium_page
-from tests.conftest import PAGE, pipeline_environment, run_dvc
+from tests.conftest import PAGE, pipeline_environment
 from tests.sealed import with_seal
 
 
@@ -35,21 +35,11 @@ def here(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return finished
 
 
-@pytest.fixture(scope="session")
-def _compared(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    repository = tmp_path_factory.mktemp("compared") / "repository"
-    subprocess.run(["cp", "-r", str(_finished), str(repository)], check=True)
-    run_dvc(repository, "exp", "run", "-S", "max_iters=14", "-n", "longer")
-    subprocess.run(["git", "checkout", "-q", "HEAD", "."], cwd=repository, check=True)
-    run_dvc(repository, "checkout")
-    return repository
-
-
 @pytest.fixture
-def compared(_compared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with the experiment `longer`, of 14 iterations where HEAD has 12, as the working directory."""
-    monkeypatch.chdir(_compared)
-    return _compared
+def beside(compared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with the experiment `longer` as the working directory."""
+    monkeypatch.chdir(compared)
+    return compared
 
 
 def rows_of(page: str, section: str) -> dict[str, list[str]]:
@@ -87,7 +77,7 @@ def test_the_numbers_of_the_page_are_those_of_the_files(here: Path) -> None:
                 assert float(cell.replace(",", "")) == pytest.approx(value, rel=1e-4)
     parameters = rows_of(page, "parameters")
     assert parameters["max_iters"][0] == "12"
-    assert parameters["token_cap"][0] == "3_000_000"
+    assert parameters["token_cap"][0] == "300000"
     assert parameters["lr_decay_iters"][0] == "null"
     lock = (here / "dvc.lock").read_text()
     facts = rows_of(page, "provenance")
@@ -315,7 +305,7 @@ def test_before_the_first_run_it_is_a_sentence(finished: Path) -> None:
     assert not (finished / "report.html").exists()
 
 
-def test_a_name_that_is_none_lists_the_experiments(compared: Path) -> None:
+def test_a_name_that_is_none_lists_the_experiments(beside: Path) -> None:
     with pytest.raises(
         EncoreError, match=r"^there is no experiment or commit named shorter; there are workspace, longer,"
     ):
@@ -324,7 +314,7 @@ def test_a_name_that_is_none_lists_the_experiments(compared: Path) -> None:
         find_revision("--all")
 
 
-def test_two_runs_side_by_side(compared: Path) -> None:
+def test_two_runs_side_by_side(beside: Path) -> None:
     page = render([find_revision("workspace"), find_revision("longer")])
     assert rows_of(page, "parameters") == {"key": ["workspace", "longer"], "max_iters": ["12", "14"]}
     numbers = rows_of(page, "numbers")
@@ -346,7 +336,7 @@ def test_two_runs_side_by_side(compared: Path) -> None:
     assert "The code differs" not in page
 
 
-def test_one_experiment_alone_has_its_own_numbers_and_samples(compared: Path) -> None:
+def test_one_experiment_alone_has_its_own_numbers_and_samples(beside: Path) -> None:
     page = render([find_revision("longer")])
     assert rows_of(page, "parameters")["max_iters"][0] == "14"
     assert page.count("<article") == 1
@@ -369,7 +359,7 @@ def nearest_numbers(page: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("names", [["workspace"], ["workspace", "longer"]], ids=["one", "two"])
-def test_it_renders_offline_on_any_screen(compared: Path, tmp_path: Path, names: list[str]) -> None:
+def test_it_renders_offline_on_any_screen(beside: Path, tmp_path: Path, names: list[str]) -> None:
     path = tmp_path / "report.html"
     assert run_report(compared, *names, "--out", str(path)).stdout == f"Report: {path}\n"
     for scheme, width in (("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390)):
