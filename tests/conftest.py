@@ -199,6 +199,7 @@ SMALL = {
     "dataset": "package:mpmath",
     "dataset_revision": version("mpmath"),
     "token_cap": 300_000,
+    "val_fraction": 0.1,
     "block_size": 64,
     "max_iters": 12,
     "log_interval": 2,
@@ -254,6 +255,6 @@ def _compared(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def compared(_compared: Path, tmp_path: Path) -> Path:
-    """A copy of a repository with the experiment `longer`, of 14 iterations where HEAD has 12; and in .dvc/tmp/longer.txt
+    """A copy of a repository with the experiment `longer`, of 14 iterations where HEAD has 12; .dvc/tmp/longer.txt has
     what dvc printed while it ran."""
     return Path(shutil.copytree(_compared, tmp_path / "repository", symlinks=True))

@@ -19,7 +19,9 @@ def as_yaml(value: Any) -> str:
 
 
 def as_text(value: Any) -> str:
-    """A metric: numbers with 5 digits and commas."""
+    """A metric: numbers with 5 digits and commas; a dash for what cannot be computed, as the error of one document."""
+    if value is None:
+        return "–"
     if isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, int):
