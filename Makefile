@@ -27,7 +27,7 @@ setup: .venv/ready .dvc/plots_template.html
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 FAILED := echo 'encore: pip could not install it (see above); check the network and the disk, then run make again' >&2; exit 1
 
-.venv/ready: requirements.lock pyproject.toml
+.venv/ready: requirements.lock
 	@test -n "$$PYTHON" || { echo 'encore: no Python 3.11 or newer on the path; install one, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@"$$PYTHON" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("encore: %s is Python %d.%d; Encore needs 3.11 or newer: make PYTHON=/path/to/python3" % (sys.executable, *sys.version_info[:2]))'
 	"$$PYTHON" -m venv --clear .venv

@@ -32,6 +32,14 @@ PAGE = ROOT / "presets" / "gpt2-sympy.yaml"  # what tests change a few values of
 SITE = str(ROOT / "tests" / "site")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of whole pipelines are slow; and slow ones come first, so that no worker is left alone with one."""
+    for item in items:
+        if {"finished", "compared"} & set(item.fixturenames) or item.path.parent.name in ("bench", "pipeline"):
+            item.add_marker("slow")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _no_leaking_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests see neither the developer's wandb and scratch settings nor each other's."""

@@ -20,7 +20,7 @@ def main() -> None:
     print("\n" + first_sample(check_lock(Path(SAMPLES).read_bytes(), SAMPLES, lock).decode()))
     print(
         "\nModel: model/    More samples: metrics/samples.md    Log: training.log"
-        '\nAll of it on a page: report.html    Beside other runs: make report EXPERIMENTS="workspace NAME"'
+        '\nAll of it on a page: report.html    Compare runs: make report EXPERIMENTS="workspace NAME"'
         "\nCurves: dvc plots show    Numbers: dvc metrics show    Again, longer: dvc exp run -S max_iters=2000"
         "\n(dvc is in .venv/bin; `. .venv/bin/activate` puts it on the path)"
     )

@@ -28,6 +28,8 @@ from tests.conftest import MODERN
 from tests.ranks import start_two_ranks, write_run, write_walk
 from tests.small_runs import read_curve
 
+pytestmark = pytest.mark.slow
+
 STEPS = 10
 # 12 windows a step, and so 6 for each of two ranks. 9 windows of each split in an evaluation, where batch_size is 3.
 PAGE = {

@@ -40,6 +40,8 @@ from tests.ranks import (
     write_walk,
 )
 
+pytestmark = pytest.mark.slow
+
 TWO = "--standalone --nproc-per-node=2"
 ALL_GPUS = ["--standalone", "--nproc-per-node=gpu"]
 # Long enough to be stopped several times on the way.

@@ -39,7 +39,6 @@ def folder(tmp_path: Path) -> Path:
     """A repository whose set-up is done, with a Python that only writes down what it is asked."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "requirements.lock").touch()
-    (tmp_path / "pyproject.toml").touch()
     (tmp_path / ".venv/bin").mkdir(parents=True)
     for name in ("encore/report/plots_page.py", "encore/report/vega.py", ".venv/ready", ".dvc/plots_template.html"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

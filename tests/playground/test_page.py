@@ -29,6 +29,8 @@ from tests.browser import chromium_page
 from tests.conftest import ROOT, pipeline_environment
 from tests.small_models import save_small_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ from dvc_render.html import HTML, render_html
 from encore.report import plots_page, vega
 from tests.browser import chromium_page
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:

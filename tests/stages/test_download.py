@@ -21,6 +21,8 @@ from stages import download
 from tests.conftest import ROOT
 from tests.sealed import read_with_seal, without_seal
 
+pytestmark = pytest.mark.slow
+
 PIPELINE = """
 stages:
   download:

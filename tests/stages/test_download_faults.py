@@ -19,6 +19,8 @@ from tests.conftest import ROOT, write_page
 from tests.hub import ALWAYS, COMMIT, LISTING, REPOSITORY, Fault, Hub, serving
 from tests.text_sources import sha256
 
+pytestmark = pytest.mark.slow
+
 SECRET = "hf_SeCrEtToKeN"
 SHARDS = 80
 CHOSEN = 37

@@ -23,6 +23,8 @@ from tests.conftest import ROOT, TINY, pipeline_environment, write_page, write_t
 from tests.ranks import launch_settings
 from tests.token_folders import replace_shard
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def model(tmp_path, tokens_folder, monkeypatch):

@@ -20,6 +20,8 @@ from encore.pretrained.initial_weights import fetch_initial
 from stages import check
 from tests.conftest import ROOT, pipeline_environment, read_page, write_page
 
+pytestmark = pytest.mark.slow
+
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 # The weights that training starts from: it reads them unless it starts from scratch, as the default page has it.
 UNLESS_SCRATCH = {("train", "data/init")}

@@ -17,6 +17,8 @@ from stages import tokenize
 from tests.conftest import ROOT, pipeline_environment
 from tests.raw_text import PLENTY, joined, prepare_root, read_folder, write_params
 
+pytestmark = pytest.mark.slow
+
 TOKENS, SCRATCH = Path("data/tokens"), Path(".encore/tokens")
 TEXTS = ["" if number % 10 == 3 else f"the ünit {number}: {number**3} " * (1 + number % 5) for number in range(240)]
 

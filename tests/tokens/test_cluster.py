@@ -26,6 +26,8 @@ from stages import tokenize
 from tests.conftest import ROOT, pipeline_environment, write_page
 from tests.raw_text import PLENTY, SEED, VAL_FRACTION, VOCAB_SIZE, plain_loop, stage_params, write_raw
 
+pytestmark = pytest.mark.slow
+
 RAW, TOKENS, BEGUN = Path("data/raw"), Path("data/tokens"), Path("begun.txt")
 TEXTS = ["" if number % 9 == 4 else f"the ünit {number}: {number**3} " * (1 + number % 5) for number in range(240)]
 PARTS = 6
