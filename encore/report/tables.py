@@ -76,8 +76,11 @@ def differing_code(runs: list[Results], revisions: list[Revision]) -> list[str]:
         if len({one.get(path) for one in lists}) > 1:
             texts = [revision.read_output(path) for revision in revisions]
             lines = [set(text.decode().splitlines()) for text in texts if text is not None]
-            differing = set.union(*lines) - set.intersection(*lines) if len(lines) == len(runs) else {f"- {path}"}
-            modules |= {line.split()[1] for line in differing}
+            if len(lines) < len(runs):
+                modules.add(path)
+            else:
+                differing = set[str]().union(*lines) - lines[0].intersection(*lines)
+                modules |= {line.split()[1] for line in differing}
     return sorted(modules)
 
 

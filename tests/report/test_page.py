@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,6 +162,26 @@ def test_samples_are_taken_apart_at_their_fences() -> None:
 )
 def test_metrics_as_text(value: Any, shown: str) -> None:
     assert tables.as_text(value) == shown
+
+
+def test_the_modules_that_differ_are_named() -> None:
+    """One has another hash, one is new; of `tokenize` one run's list is nowhere."""
+
+    def run(**md5: str) -> Any:
+        return SimpleNamespace(lock={k: {"deps": [{"path": f"data/code/{k}.txt", "md5": v}]} for k, v in md5.items()})
+
+    def revision(**texts: str) -> Any:
+        return SimpleNamespace(
+            read_output=lambda path: texts[name].encode() if (name := Path(path).stem) in texts else None
+        )
+
+    runs = [run(train="1", tokenize="1", evaluate="1"), run(train="2", tokenize="2", evaluate="1")]
+    revisions = [
+        revision(train="aa a.py\nbb b.py\n", tokenize="aa a.py\n"),
+        revision(train="cc a.py\nbb b.py\nd c.py\n"),
+    ]
+    assert tables.differing_code(runs, revisions) == ["a.py", "c.py", "data/code/tokenize.txt"]
+    assert tables.differing_code(runs[:1] * 2, revisions) == []
 
 
 @pytest.mark.parametrize(
