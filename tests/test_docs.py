@@ -35,6 +35,13 @@ def test_a_preset_lists_the_keys_that_it_changes(preset):
     assert keys.split(", ") == [key for key in ours if ours[key] != others[key]]
 
 
+def test_a_key_has_the_same_comment_everywhere():
+    texts = [path.read_text() for path in (ROOT / "params.yaml", *(ROOT / "presets").glob("*.yaml"))]
+    comments = [dict(re.findall(r"^(\w+): .*?\s+# (.*)$", text, re.M)) for text in texts]
+    assert all(each == comments[0] for each in comments)
+    assert set(comments[0]) == set(read_page())
+
+
 def test_every_preset_is_compared_with_one():
     assert set(BASES) | {"quickstart"} == set(PRESETS)
 
