@@ -21,6 +21,8 @@ from encore.schemas import Pipeline
 
 PAGE = Path("report.html")
 TEMPLATE = "report_template.html"
+# Where one of these differs, a token is not the same thing in all runs, or the held-out text is another.
+TEXT_KEYS = {"dataset", "dataset_revision", "text_column", "tokenizer", "vocab_size", "val_fraction", "split_seed"}
 
 
 def main() -> None:
@@ -79,8 +81,10 @@ def about_one(run: Results, revision: Revision) -> dict[str, Any]:
 
 def about_several(runs: list[Results], revisions: list[Revision]) -> dict[str, Any]:
     """What differs."""
+    params = tables.differing_params(runs)
     return {
-        "params": tables.differing_params(runs),
+        "params": params,
+        "other_text": not TEXT_KEYS.isdisjoint(key for key, _ in params),
         "metrics": tables.metric_rows(runs),
         "code": tables.differing_code(runs, revisions),
     }

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from encore.errors import EncoreError
 from encore.report import pipeline_graph, tables
-from encore.report.page import render
+from encore.report.page import about_several, render
 from encore.report.results import add_clocks, load_results, read_params, read_tsv, split_samples
 from encore.report.revisions import find_revision
 from stages.evaluate import as_markdown
@@ -162,6 +163,14 @@ def test_samples_are_taken_apart_at_their_fences() -> None:
 )
 def test_metrics_as_text(value: Any, shown: str) -> None:
     assert tables.as_text(value) == shown
+
+
+@pytest.mark.parametrize(("key", "told"), [("vocab_size", True), ("dataset_revision", True), ("n_embd", False)])
+def test_losses_that_cannot_be_compared_are_told_of(here: Path, key: str, told: bool) -> None:
+    runs = [load_results(find_revision("workspace"))] * 2
+    params = [replace(param, value="another") if param.key == key else param for param in runs[0].params]
+    runs[1] = replace(runs[1], params=params)
+    assert about_several(runs, [find_revision("workspace")] * 2)["other_text"] is told
 
 
 def test_the_modules_that_differ_are_named() -> None:
@@ -356,6 +365,7 @@ def test_two_runs_side_by_side(beside: Path) -> None:
     assert max(row["iter"] for row in drawn["train"] if row["run"] == "longer") == 14
     assert page.count("<article") == 2
     assert "The code differs" not in page
+    assert "nats a token cannot be compared" not in page
 
 
 def test_one_experiment_alone_has_its_own_numbers_and_samples(beside: Path) -> None:
