@@ -115,7 +115,7 @@ def _essence_sha256(path: Path) -> str:
 def essence(source: str, tree: ast.Module) -> str:
     """The source without comments, docstrings, blank lines and line breaks within brackets: the same text under every
     Python, which a syntax tree is not."""
-    lines = source.splitlines(keepends=True)
+    lines = io.StringIO(source).readlines()  # as tokenize counts them; splitlines would also split at a form feed
     docstrings = _docstring_starts(tree)
     kept = [list(line) for line in lines]
     ends_docstring = False

@@ -234,7 +234,7 @@ def _finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_small_pipeline(target: Path) -> None:
-    """The whole pipeline on the default data, with a small model."""
+    """The whole pipeline on a small text, with a small model."""
     repository = copy_repository(target)
     (repository / "dvc.lock").unlink()  # it would spare the stages whose results are in git
     write_page(repository / "params.yaml", **SMALL)
@@ -245,7 +245,7 @@ def run_small_pipeline(target: Path) -> None:
 
 @pytest.fixture
 def finished(_finished: Path, tmp_path: Path) -> Path:
-    """A copy of a repository in which the whole pipeline has run, on the default data with a small model."""
+    """A copy of a repository in which the whole pipeline has run, with a small text and a small model."""
     return Path(shutil.copytree(_finished, tmp_path / "repository", symlinks=True))
 
 

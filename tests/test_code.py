@@ -86,6 +86,12 @@ def test_blank_lines_and_comments_within_a_string_count() -> None:
     assert [essence_of(text) for text in texts] == texts
 
 
+def test_a_line_ends_where_python_ends_it() -> None:
+    """str.splitlines would split at these as well, and blank the wrong rows."""
+    source = 'X = "a\x0cb\u2028c\x85"\n\x0c\n# a comment\nY = 1\n'
+    assert essence_of(source) == 'X = "a\x0cb\u2028c\x85"\nY = 1\n'
+
+
 @pytest.fixture(scope="module")
 def graph() -> grimp.ImportGraph:
     """The imports between all our modules, as import-linter's library finds them."""

@@ -283,9 +283,7 @@ def test_two_machines_do_what_two_ranks_of_one_do(undisturbed, tmp_path):
     assert results(first) == undisturbed.results
     # The second machine has verified what it read, and leaves a mark of that; torch makes `compiled`.
     assert {path.name for path in other.iterdir()} - {".encore"} == before
-    assert {path.name for path in (other / ".encore").iterdir()} - {"compiled"} == {
-        "verified"
-    }  # torch makes the former
+    assert {path.name for path in (other / ".encore").iterdir()} - {"compiled"} == {"verified"}
 
 
 @linux
