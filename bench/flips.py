@@ -50,7 +50,8 @@ class Command:
 TRAINED = ("model/*.json", "model/*.safetensors", "model/*.tiktoken", "metrics/train.tsv", "metrics/eval.tsv")
 EVALUATED = ("metrics/eval.json", "metrics/position.tsv", "metrics/samples.md")
 COMMANDS = {
-    "download": Command(("stages.download",), ("data/raw/*", "data/init/*"), ("corpus/s*", "start/*")),
+    "download": Command(("stages.download",), ("data/raw/*",), ("corpus/s*",)),
+    "download_weights": Command(("stages.download_weights",), ("data/init/*",), ("start/*",)),
     "tokenize": Command(("stages.tokenize",), ("data/tokens/*",), ("data/raw/*",)),
     "tokenize, from kept parts": Command(
         ("stages.tokenize",), ("data/tokens/*",), (".parts/tokens/*/*", ".parts/tokens/*/*/*")

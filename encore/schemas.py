@@ -203,13 +203,13 @@ class RunMetrics(TypedDict):
 
     iter: Size
     lr: float
-    mfu: float
+    mfu: NotRequired[float]  # as the two below, only of a run on a GPU
     tokens_per_second: float
     train: Loss
     val: Loss
     tokens_seen: Count
-    peak_tflops: float
-    mfu_basis: str
+    peak_tflops: NotRequired[float]
+    mfu_basis: NotRequired[str]
     device: str
     devices: int
 

@@ -16,7 +16,7 @@ from encore.pipeline.stage_history import record_stage
 from encore.pretrained.init_from import find_misfits
 from stages import STARTED
 
-STAGES = ("download", "tokenize", "count_tokens", "train", "evaluate")
+STAGES = ("download", "download_weights", "download_tasks", "tokenize", "count_tokens", "train", "evaluate")
 
 
 def main() -> None:

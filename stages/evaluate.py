@@ -74,8 +74,8 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
 
     result = {"eval": summarize(split_loss, seconds)}
     error = split_loss.standard_error
-    precision = "" if error is None else f" ± {error:.4f}"
-    print(f"val loss {split_loss.loss:.4f}{precision} over {result['eval']['tokens']:,} tokens")
+    precision = " (one document, so no standard error)" if error is None else f" ± {error:.4f}"
+    print(f"eval loss {split_loss.loss:.4f}{precision} over {result['eval']['tokens']:,} tokens")
     rows = enumerate(split_loss.loss_by_position, start=1)
     write_tsv(BY_POSITION, [{"position": position, "loss": loss} for position, loss in rows])
     if scores := run_tasks(params.evaluate_tasks, TASKS, MODEL, str(find_device())):

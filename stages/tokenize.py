@@ -60,6 +60,7 @@ def encode(store: PartStore, token_cap: int, workers: int) -> list[EncodedPart]:
     if finished:
         print(f"encore: note: {finished} of {len(store.parts)} parts are in {store.folder} already")
     parts: list[EncodedPart] = []
+    _ = store.ranks  # learned before the bar begins, whose rate is that of encoding
     with Progress("tokenize", token_cap, "tokens") as progress:
         missing_tokens = token_cap
         for index in range(len(store.parts)):

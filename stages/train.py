@@ -1,7 +1,6 @@
 """Trains the model: exactly max_iters steps, taken up again where an earlier attempt at the same run was stopped."""
 
 import os
-import subprocess
 import sys
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from encore.integrity import Verification, check_files
 from encore.json_files import read_sealed
 from encore.models.architectures import Model, make_config, make_model
 from encore.params import StageParams, load_params
+from encore.pipeline.commit import describe_head
 from encore.pipeline.stage_history import record_stage
 from encore.pretrained.hub_tokenizer import save_hub_tokenizer
 from encore.pretrained.init_from import RECORD, SCRATCH
@@ -52,7 +52,7 @@ INIT = Path("data/init")
 MODEL = Path("model")
 METRICS = Path("metrics")
 LOG = Path("training.log")
-INIT_WAY_OUT = bring_back("data/init", "download")
+INIT_WAY_OUT = bring_back("data/init", "download_weights")
 
 
 def main() -> None:
@@ -150,7 +150,12 @@ def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Tra
     found = find_resumable(checkpoints, params.max_iters) if ranks.is_first else None
     wandb_run = None
     if ranks.is_first:
-        about = {"commit": git_commit(), "device": str(hardware), "devices": ranks.count, "versions": find_versions()}
+        about = {
+            "commit": describe_head(),
+            "device": str(hardware),
+            "devices": ranks.count,
+            "versions": find_versions(),
+        }
         described = {**params.as_dict(), **hash_inputs(params), **about}
         wandb_run = start_wandb(described, run_id=found.state["wandb_id"] if found else None)
     records = Records(METRICS, LOG, wandb_run, writes=ranks.is_first)
@@ -164,7 +169,7 @@ def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Tra
         records.say(f"resumed at iteration {trainer.iter} of {params.max_iters} from {found.path if found else ''}")
     else:
         devices = f"{ranks.count} x {hardware}" if ranks.count > 1 else str(hardware)
-        records.say(f"{devices}, torch {torch.__version__}, commit {git_commit()}")
+        records.say(f"{devices}, torch {torch.__version__}, commit {describe_head()}")
         records.say(f"{model.count_parameters():,} parameters; {describe_groups(trainer.optimizers)}")
         epochs = params.max_iters * trainer.windows_per_step / train.count
         records.say(f"{trainer.tokens_per_step:,} tokens an iteration, {epochs:.2f} epochs of {tokens.tokens:,} tokens")
@@ -208,22 +213,23 @@ def write_results(trainer: Trainer, model: Model) -> None:
 def summarize(trainer: Trainer) -> dict[str, Any]:
     """The run in a few numbers; speeds are medians over the logged steps."""
     rows, peak = trainer.records.rows, trainer.hardware.peak
+    of_peak = {}
 
     def median_speed(key: str) -> float:
         return median(row[key] for row in rows.speed)
 
+    if peak:
+        of_peak = {"peak_tflops": peak.flops_per_second / 1e12, "mfu": median_speed("mfu"), "mfu_basis": peak.basis}
     return {
-        "iter": trainer.iter,
-        "lr": rows.train[-1]["lr"],
-        "mfu": median_speed("mfu"),
-        "tokens_per_second": median_speed("tokens_per_second"),
-        "train": {"loss": rows.eval[-1]["train_loss"]},
         "val": {"loss": rows.eval[-1]["val_loss"]},
+        "train": {"loss": rows.eval[-1]["train_loss"]},
+        "lr": rows.train[-1]["lr"],
+        "iter": trainer.iter,
         "tokens_seen": trainer.iter * trainer.tokens_per_step,
         "parameters": trainer.model.count_parameters(),
+        "tokens_per_second": median_speed("tokens_per_second"),
         "tflops": median_speed("tflops"),
-        "peak_tflops": peak.flops_per_second / 1e12,
-        "mfu_basis": peak.basis,
+        **of_peak,
         "device": str(trainer.hardware),
         "devices": trainer.ranks.count,
     }
@@ -232,15 +238,6 @@ def summarize(trainer: Trainer) -> dict[str, Any]:
 def find_versions() -> dict[str, str]:
     """Of the packages on which the weights' bits depend."""
     return {name: version(name) for name in ("numpy", "safetensors", "torch")}
-
-
-def git_commit() -> str:
-    """The commit that the working tree stands on, with a mark where files differ from it; "none" outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
 
 
 if __name__ == "__main__":

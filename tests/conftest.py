@@ -29,7 +29,6 @@ from tests.token_folders import ABOUT
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "presets" / "gpt2-sympy.yaml"  # what tests change a few values of
-SITE = str(ROOT / "tests" / "site")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -178,13 +177,11 @@ def commit(repository: Path, message: str) -> None:
 def pipeline_environment(**more: str) -> dict[str, str]:
     """The environment of an activated .venv: `python` in dvc.yaml's commands is the one that runs the tests.
 
-    One thread, since threads only wait for each other in models as small as these; and tests/site.
+    One thread, since threads only wait for each other in models as small as these.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    if "PYTHONPATH" in more:
-        more["PYTHONPATH"] += f"{os.pathsep}{SITE}"
     inherited = {name: value for name, value in os.environ.items() if not _is_setting(name)}
-    return {**inherited, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": SITE, **more}
+    return {**inherited, "PATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
 def run_dvc(repository: Path, *arguments: str, exit_code: int = 0, **environment: str) -> str:

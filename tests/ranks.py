@@ -22,10 +22,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from encore.devices import device
 from encore.devices.distributed import ALONE, Ranks, joined
 from encore.errors import EncoreError, run_stage
-from encore.models.flops import Peak
 from encore.params import StageParams, load_params
 from encore.training.trainer import Trainer
 from stages import train
@@ -38,9 +36,6 @@ AT_START = """
 import os, signal, sys, time
 if "stages.train" in sys.orig_argv:
     from encore.training import checkpoint
-    from encore.devices import device
-    from encore.models import flops
-    device.find_peak = lambda device, dtype: flops.Peak(1e12, "pretended")
     save = checkpoint.Saver.save
 
     def save_and_wait(saver, *contents):
@@ -232,7 +227,6 @@ def do(run: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 def main() -> None:
     with pytest.MonkeyPatch.context() as patch, joined(torch.device("cpu")) as ranks:
-        patch.setattr(device, "find_peak", lambda device, dtype: Peak(1e12, "pretended"))
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(train, "Trainer", Noted)
         for run in json.loads(sys.argv[1]):

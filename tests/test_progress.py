@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from encore.progress import SECONDS_BETWEEN_LINES, Progress, print_line
+from encore.progress import SECONDS_BETWEEN_LINES, Progress, as_duration, as_size, print_line
 
 
 class Clock:
@@ -41,7 +41,7 @@ def test_long_work_says_share_rate_and_time_left(
             progress.add(count)
     assert capsys.readouterr().out.splitlines() == [
         "encode: 40%, 4,000 tokens, 200 a second, 30 s left",
-        "encode: 90%, 9,000 tokens, 225 a second, 4 s left",
+        "encode: 90%, 9,000 tokens, 225 a second, 4.4 s left",
     ]
 
 
@@ -112,3 +112,37 @@ def test_a_line_is_printed_as_it_is_with_and_without_a_bar(
     with Progress("train", 10, "steps"):
         print_line("step 2: loss 2.4")
     assert capsys.readouterr().out == "step 1: loss 2.5\nstep 2: loss 2.4\n"
+
+
+def test_a_bar_of_few_counts_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress("train", 300, "iters", done=62):
+        assert " 62/300 [" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.54, "0.5 s"), (42.4, "42 s"), (59.6, "1 min 0 s"), (192, "3 min 12 s"), (57_720, "16 h 2 min")],
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert as_duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("count_bytes", "shown"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1 kB"),
+        (23_456, "23 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.0 MB"),
+        (4_140_000, "4.1 MB"),
+        (999_949_999, "999.9 MB"),
+        (999_950_000, "1.0 GB"),
+        (11_200_000_000, "11.2 GB"),
+    ],
+)
+def test_sizes(count_bytes: int, shown: str) -> None:
+    assert as_size(count_bytes) == shown

@@ -23,12 +23,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run is computed with. `peak` is the device's, for `dtype`."""
+    """What a run is computed with. `peak` is the device's, for `dtype`; None for a CPU."""
 
     device: torch.device
     dtype: torch.dtype
     compiles: bool
-    peak: Peak
+    peak: Peak | None
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -90,6 +90,11 @@ def should_compile(wish: bool | str, device: torch.device) -> bool:
         file=sys.stderr,
     )
     return False
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most that torch has held of the GPU's memory in this process; None for other devices."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
 
 
 def wants_same_bits() -> bool:

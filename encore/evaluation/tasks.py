@@ -22,8 +22,9 @@ from encore.json_files import read_json, read_sealed, write_sealed
 from encore.schemas import TasksManifest
 
 MANIFEST = "manifest.json"
-WAY_OUT = bring_back("data/tasks", "download")
+WAY_OUT = bring_back("data/tasks", "download_tasks")
 BATCH_SIZE = 16
+SECONDS_TO_REACH = 10
 BOOTSTRAP_SAMPLES = 1000  # for the standard errors that have no formula, perplexity's
 SETTINGS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -39,6 +40,7 @@ def fetch_tasks(names: list[str], folder: Path) -> None:
     """
     if names:
         _check_installed(names)
+        _check_network(names)
         with tempfile.TemporaryDirectory() as downloads:
             _run(["fetch", str(folder), *names], HF_DATASETS_CACHE=str(folder.resolve()), HF_HUB_CACHE=downloads)
         for path in [*folder.rglob("*.lock"), *folder.rglob("cache-*.arrow")]:  # of the process that is done
@@ -58,7 +60,8 @@ def run_tasks(names: list[str], folder: Path, model: Path, device: str) -> dict[
     manifest = read_sealed(folder / MANIFEST, TasksManifest, WAY_OUT)
     missing = set(names) - set(manifest["tasks"])
     if missing:
-        raise EncoreError(f"{folder} lacks the data of {', '.join(sorted(missing))}; `dvc repro download` brings it")
+        names_missing = ", ".join(sorted(missing))
+        raise EncoreError(f"{folder} lacks the data of {names_missing}; `dvc repro download_tasks` brings it")
     if not names:
         return {}
     check_files(folder, manifest["files"], WAY_OUT)
@@ -77,6 +80,20 @@ def _check_installed(names: list[str]) -> None:
             f"evaluate_tasks asks for {', '.join(names)}, and lm-eval, which runs them, is not installed; "
             "`pip install -c requirements.lock -c requirements-dev.lock 'lm-eval[hf]'` brings it"
         )
+
+
+def _check_network(names: list[str]) -> None:
+    """Raises EncoreError where the Hub cannot be reached: `datasets` would ask it for 40 seconds before it says so."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=SECONDS_TO_REACH)
+    except Exception as error:  # whatever httpx raises: no such name, refused, a proxy that is none
+        raise EncoreError(
+            f"evaluate_tasks: the data of {', '.join(names)} cannot be fetched, since {constants.ENDPOINT} cannot be "
+            f"reached ({error}); check the network and HF_ENDPOINT, or set evaluate_tasks: []"
+        ) from None
 
 
 def _run(arguments: list[str], **settings: str) -> None:

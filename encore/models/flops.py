@@ -45,8 +45,13 @@ def flops_per_token(model: Model) -> int:
     return 6 * model.count_factors() + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The peak of a listed GPU for its 16-bit type; of any other device the speed of a large matrix product."""
+def find_peak(device: torch.device, dtype: torch.dtype) -> Peak | None:
+    """The peak of a listed GPU for its 16-bit type; of another GPU the speed of a large matrix product.
+
+    None for a CPU: what else runs on it changes that speed fivefold, from one minute to the next.
+    """
+    if device.type == "cpu":
+        return None
     if device.type == "cuda":
         listed = listed_tflops(torch.cuda.get_device_name(device), dtype)
         if listed is not None:
@@ -63,9 +68,8 @@ def listed_tflops(device_name: str, dtype: torch.dtype) -> float | None:
     return None
 
 
-def measure_matmul(device: torch.device, dtype: torch.dtype, size: int | None = None, repeats: int = 20) -> float:
+def measure_matmul(device: torch.device, dtype: torch.dtype, size: int = 8192, repeats: int = 20) -> float:
     """FLOP/s of a (size, size) matrix product: the best of `repeats`, since a peak is what is undisturbed."""
-    size = size or (2048 if device.type == "cpu" else 8192)
     a = torch.randn(size, size, device=device).to(dtype)
     seconds = []
     for _ in range(repeats + 1):

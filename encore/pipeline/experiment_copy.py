@@ -10,7 +10,7 @@ from encore.pretrained.init_from import CONFIG, WEIGHTS
 PLACE = (".dvc", "tmp", "exps")
 
 
-def check_copied(dataset: str, init_from: str) -> None:
+def check_copied(dataset: str = "", init_from: str = "") -> None:
     """Raises EncoreError where a local file that the two keys name is in the repository and not in its copy."""
     original = _find_original(Path.cwd())
     if original is None:

@@ -1,4 +1,4 @@
-"""Brings the weights that training starts from to the folder data/init. Part of the download stage."""
+"""Brings the weights that training starts from to the folder data/init. The stage download_weights."""
 
 import shutil
 import sys

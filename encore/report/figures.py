@@ -64,8 +64,8 @@ def figures(runs: list[Results]) -> list[Figure]:
             )
         return _drawn(chart, ["run", "series", "iter", "tokens", "hours"], "loss", ".4f")
 
-    def curve(table: str, y: str, form: str, x: alt.X = tokens, axis: str | None = None) -> dict[str, Any]:
-        chart = _base(table, x, y, axis)
+    def curve(table: str, y: str, form: str, x: alt.X = tokens) -> dict[str, Any]:
+        chart = _base(table, x, y)
         if len(runs) > 1:
             chart = chart.encode(color=_run_color(names))
         return _drawn(
@@ -78,7 +78,6 @@ def figures(runs: list[Results]) -> list[Figure]:
         Figure("Loss against time", f"nats a token; {clock}", losses(time)),
         Figure("Learning rate", "of the logged steps", curve("train", "lr", ".2e")),
         Figure("Norm of the gradient", "before clipping", curve("train", "grad_norm", ".3f")),
-        Figure("MFU", "model FLOPs utilisation: share of the device's peak", curve("speed", "mfu", ".2%", axis=".0%")),
         Figure("Speed", "tokens a second", curve("speed", "tokens_per_second", ",.0f")),
     ]
     if any(run.positions for run in runs):
@@ -88,9 +87,8 @@ def figures(runs: list[Results]) -> list[Figure]:
     return found
 
 
-def _base(table: str, x: alt.X, y: str, axis: str | None = None) -> alt.Chart:
-    labels = alt.Axis(format=axis) if axis else alt.Axis()
-    y_axis = alt.Y(f"{y}:Q", title=None, scale=alt.Scale(zero=False), axis=labels)
+def _base(table: str, x: alt.X, y: str) -> alt.Chart:
+    y_axis = alt.Y(f"{y}:Q", title=None, scale=alt.Scale(zero=False))
     return alt.Chart(alt.NamedData(table)).encode(x=x, y=y_axis)
 
 

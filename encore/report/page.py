@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from encore.files import write_whole
+from encore.progress import as_duration
 from encore.report import pipeline_graph, tables
 from encore.report.figures import datasets, figures
 from encore.report.results import Results, flatten, load_results, read_yaml
@@ -51,7 +52,7 @@ def render(revisions: list[Revision]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(text=tables.as_text, yaml=tables.as_yaml, duration=tables.as_duration)
+    environment.filters.update(text=tables.as_text, yaml=tables.as_yaml, duration=as_duration)
     environment.globals.update(difference=tables.difference)
     return environment.get_template(TEMPLATE).render(
         vega=vega_script(),
@@ -84,6 +85,7 @@ def about_several(runs: list[Results], revisions: list[Revision]) -> dict[str, A
     params = tables.differing_params(runs)
     return {
         "params": params,
+        "summary_differences": tables.summary_differences(runs),
         "other_text": not TEXT_KEYS.isdisjoint(key for key, _ in params),
         "metrics": tables.metric_rows(runs),
         "code": tables.differing_code(runs, revisions),

@@ -22,7 +22,7 @@ SAME_RUN_SECONDS = 5  # by how much two readings of when a process started may d
 
 RAN = "ran"  # in the last run of dvc that ran a stage
 CACHED = "cached"  # made here before that, and not run again
-ELSEWHERE = "elsewhere"  # no line in the history
+ELSEWHERE = "elsewhere"  # no line in the history: the result came with git, or from a cache
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encore.errors import EncoreError
+from encore.pipeline.commit import describe_head
 
 WORKSPACE = "workspace"
 EXPERIMENTS = "refs/exps"  # .../xx/xxxx.../NAME; the first two parts are the commit that it began from
@@ -65,9 +66,8 @@ def experiments() -> dict[str, str]:
 
 
 def describe_commit(revision: Revision) -> str:
-    """git's short name of a commit; for the working tree that of HEAD, with a mark where files differ from it."""
-    which = [revision.commit] if revision.commit else ["--dirty"]
-    return _git("describe", "--always", "--abbrev=12", "--match=", *which) or "none"
+    """git's short name of a commit; for the working tree that of HEAD, with a mark where code or parameters differ."""
+    return _git("rev-parse", "--short=12", revision.commit) if revision.commit else describe_head()
 
 
 def _git(*arguments: str) -> str:

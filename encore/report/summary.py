@@ -26,20 +26,33 @@ def main() -> None:
     )
 
 
+def summary_numbers(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
+    """What people compare, and Python's format for it. MFU only of a run on a GPU."""
+    return {
+        "iter": (run["iter"], ","),
+        "lr": (run["lr"], ".2e"),
+        **({"mfu": (run["mfu"], ".1%")} if "mfu" in run else {}),
+        "tokens/s": (run["tokens_per_second"], ",.0f"),
+        "train loss": (run["train"]["loss"], ".4f"),
+        "val loss": (run["val"]["loss"], ".4f"),
+        "eval loss": (evaluation["loss"], ".4f"),
+        "perplexity": (evaluation["perplexity"], ".2f"),
+        "bits per byte": (evaluation["bits_per_byte"], ".4f"),
+    }
+
+
 def summary_rows(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and formatted values."""
-    basis = f"of {run['peak_tflops']:.4g} TFLOP/s, {run['mfu_basis']}"
-    return [
-        ("iter", f"{run['iter']:,}"),
-        ("lr", f"{run['lr']:.2e}"),
-        ("mfu", f"{run['mfu']:.1%} {basis}"),
-        ("tokens/s", f"{run['tokens_per_second']:,.0f}"),
-        ("train/loss", f"{run['train']['loss']:.4f}"),
-        ("val/loss", f"{run['val']['loss']:.4f}"),
-        ("val/loss, whole split", f"{evaluation['loss']:.4f}"),
-        ("perplexity", f"{evaluation['perplexity']:.2f}"),
-        ("bits per byte", f"{evaluation['bits_per_byte']:.4f}"),
-    ]
+    numbers = summary_numbers(run, evaluation)
+    rows = {name: format(value, form) for name, (value, form) in numbers.items()}
+    if "mfu" in rows:
+        rows["mfu"] += f" of {describe_peak(run)}"
+    return list(rows.items())
+
+
+def describe_peak(run: Mapping[str, Any]) -> str:
+    """What MFU is a share of."""
+    return f"{run['peak_tflops']:.4g} TFLOP/s, {run['mfu_basis']}"
 
 
 def print_table(rows: list[tuple[str, str]]) -> None:

@@ -9,6 +9,7 @@ from encore.errors import bring_back
 from encore.pretrained.init_from import parse_record
 from encore.report.results import Results, check_lock, flatten, hash_of
 from encore.report.revisions import Revision, describe_commit
+from encore.report.summary import describe_peak, summary_numbers
 
 
 def as_yaml(value: Any) -> str:
@@ -31,17 +32,6 @@ def as_text(value: Any) -> str:
     return str(value)
 
 
-def as_duration(seconds: float) -> str:
-    """The two largest of hours, minutes and seconds."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, whole_seconds = divmod(rest, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole_seconds} s" if minutes else f"{whole_seconds} s"
-
-
 def difference(value: Any, first: Any) -> str:
     """How much larger a number is than that of the first run; nothing where that says nothing."""
     numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in (value, first))
@@ -57,6 +47,19 @@ def differing_params(runs: list[Results]) -> list[tuple[str, list[Any]]]:
     keys = dict.fromkeys(key for page in pages for key in page)
     rows = [(key, [page.get(key) for page in pages]) for key in keys]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+
+
+def summary_differences(runs: list[Results]) -> list[dict[str, str]]:
+    """For each run, by how much the numbers of its summary differ from those of the first."""
+    summaries = [summary_numbers(run.run, run.evaluation) for run in runs]
+    return [
+        {
+            name: format(value - summaries[0][name][0], f"+{form}")
+            for name, (value, form) in summary.items()
+            if name in summaries[0] and value != summaries[0][name][0]
+        }
+        for summary in summaries
+    ]
 
 
 def metric_rows(runs: list[Results]) -> list[tuple[str, list[Any]]]:
@@ -89,9 +92,9 @@ def _lists_code(path: str) -> bool:
 
 
 def provenance(run: Results, revision: Revision) -> dict[str, str]:
-    """Where a run came from, a fact by its name. What only the working tree has is left out for a commit."""
+    """Where a run came from, a fact by its name. What neither the cache nor a remote has is left out."""
     params = {param.key: param.value for param in run.params}
-    log, record = revision.read("training.log"), revision.read("model/encore.json")
+    log, record = revision.read_output("training.log"), revision.read_output("model/encore.json")
     facts = {
         "data": f"{params['dataset']} at {params['dataset_revision']}",
         **{
@@ -100,7 +103,7 @@ def provenance(run: Results, revision: Revision) -> dict[str, str]:
             if (md5 := hash_of(run.lock, path))
         },
         "device": f"{run.run['devices']} x {run.run['device']}",
-        "peak": f"{run.run['peak_tflops']:.4g} TFLOP/s, {run.run['mfu_basis']}",
+        **({"peak": describe_peak(run.run)} if "mfu" in run.run else {}),
         "commit": describe_commit(revision),
     }
     log_text = check_lock(log, "training.log", run.lock).decode() if log else ""

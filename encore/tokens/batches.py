@@ -59,7 +59,7 @@ class Windows:
         if self.count < 1:
             raise EncoreError(
                 f"the {name} split has {split.tokens:,} tokens, too few for one window of block_size {block_size}; "
-                "lower block_size, or raise token_cap or val_fraction"
+                "lower block_size, change val_fraction, or use more text"
             )
 
     def batch(self, indices: np.ndarray) -> Batch:

@@ -52,8 +52,8 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         ranks.setdefault(bytes(byte_of[character] for character in token), len(ranks))
     if len(ranks) != vocab_size - 1:
         raise EncoreError(
-            f"vocab_size: {vocab_size} is more than this corpus can fill; it has pairs for {len(ranks) + 1} tokens. "
-            "Lower vocab_size or raise token_cap"
+            f"vocab_size: {vocab_size} is more than this corpus can fill; set vocab_size: {len(ranks) + 1}, for which "
+            "it has pairs, or a smaller one, or use more text"
         )
     return ranks
 

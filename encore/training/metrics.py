@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from encore.files import write_tsv, write_whole
-from encore.progress import print_line
+from encore.progress import as_duration, print_line
 from encore.training.wandb_run import WandbRun
 
 MOST_ROWS = 4000  # what a plots page draws quickly
@@ -55,20 +55,33 @@ class Records:
         with self._log_path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def log_step(self, train: dict[str, Any], speed: dict[str, Any]) -> None:
-        """The rows of one logged step."""
+    def log_step(
+        self,
+        train: dict[str, Any],
+        speed: dict[str, Any],
+        max_iters: int,
+        seconds_left: float | None,
+        gpu_bytes: int | None,
+    ) -> None:
+        """The rows of one logged step. seconds_left: until the run ends. gpu_bytes: the GPU memory that it takes."""
         self.rows.train.append(train)
         self.rows.speed.append(speed)
-        self.say(
-            f"iter {train['iter']}: loss {train['loss']:.4f}, lr {train['lr']:.2e}, {speed['ms_per_iter']:.1f} ms, "
-            f"{speed['tokens_per_second']:,.0f} tokens/s, mfu {speed['mfu']:.2%}"
-        )
+        facts = [
+            f"loss {train['loss']:.4f}",
+            f"lr {train['lr']:.2e}",
+            f"{speed['ms_per_iter']:.1f} ms",
+            f"{speed['tokens_per_second']:,.0f} tokens/s",
+        ]
+        facts += [f"mfu {speed['mfu']:.2%}"] if "mfu" in speed else []
+        facts += [f"{gpu_bytes / 1e9:.1f} GB"] if gpu_bytes else []
+        facts += [f"{as_duration(seconds_left)} left"] if seconds_left else []
+        self.say(f"iter {train['iter']}/{max_iters}: {', '.join(facts)}")
         if self._wandb:
             self._wandb.log(
                 {
                     "iter": train["iter"],
                     "lr": train["lr"],
-                    "mfu": speed["mfu"],
+                    **({"mfu": speed["mfu"]} if "mfu" in speed else {}),
                     "train/step_loss": train["loss"],
                     "train/grad_norm": train["grad_norm"],
                     "tokens_per_second": speed["tokens_per_second"],

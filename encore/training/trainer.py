@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from encore.code import code_sha256
-from encore.devices.device import Hardware, autocast
+from encore.devices.device import Hardware, autocast, peak_memory_bytes
 from encore.devices.distributed import ALONE, Ranks, gather
 from encore.errors import EncoreError, Interrupted
 from encore.evaluation.losses import sum_losses
@@ -59,7 +59,9 @@ class Trainer:
         self.code = [{"from_iter": 0, "sha256": code_sha256(TRAINING)}]
         self._last_step: dict[str, float | None] = {}  # loss, learning rate, norm of the gradient
         self._step_seconds: list[float] = []  # of the steps since the last record
-        self._first_step_seconds, self._warm = 0.0, False  # a process's first step compiles and allocates
+        # A process's first step compiles and allocates; iteration and time at its end.
+        self._first_step_seconds = 0.0
+        self._warm_since: tuple[int, float] | None = None
 
     def check_compiled(self) -> None:
         """Raises EncoreError where the compiler has made something else of the model. All ranks must come."""
@@ -161,10 +163,10 @@ class Trainer:
         norm = values[1] if math.isfinite(values[1]) else None
         self._last_step = {"loss": values[0], "lr": lr, "grad_norm": norm}
         seconds = time.perf_counter() - started
-        if self._warm:
+        if self._warm_since:
             self._step_seconds.append(seconds)
         else:
-            self._first_step_seconds, self._warm = seconds, True
+            self._first_step_seconds, self._warm_since = seconds, (self.iter, time.perf_counter())
 
     def scheduled_lr(self, highest: float) -> float:
         """The learning rate of the step to come, for parameters whose highest is this; all rise and fall alike."""
@@ -192,15 +194,24 @@ class Trainer:
         self._step_seconds = []
         tokens_per_second = self.tokens_per_step / seconds
         flops_per_second = tokens_per_second * flops_per_token(self.model)
+        peak = self.hardware.peak
         train_row = {"iter": self.iter, **self._last_step}
         speed_row = {
             "iter": self.iter,
             "ms_per_iter": seconds * 1e3,
             "tokens_per_second": tokens_per_second,
             "tflops": flops_per_second / 1e12,
-            "mfu": flops_per_second / (self.hardware.peak.flops_per_second * self.ranks.count),
+            **({"mfu": flops_per_second / (peak.flops_per_second * self.ranks.count)} if peak else {}),
         }
-        self.records.log_step(train_row, speed_row)
+        gpu_bytes = peak_memory_bytes(self.device)
+        self.records.log_step(train_row, speed_row, self.params.max_iters, self.seconds_left(), gpu_bytes)
+
+    def seconds_left(self) -> float | None:
+        """How long the rest of the run takes at the pace since this process's first step, which compiles; evaluations
+        and checkpoints are in it. None where that step was the only one."""
+        first, since = self._warm_since or (self.iter, 0.0)
+        done = self.iter - first
+        return (self.params.max_iters - self.iter) * (time.perf_counter() - since) / done if done else None
 
     def evaluate(self) -> None:
         """Records the losses over the same windows of both splits each time. Raises EncoreError where one is not

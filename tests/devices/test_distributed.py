@@ -274,6 +274,9 @@ def test_records_of_a_rank_that_only_goes_along_are_kept_and_not_shown(tmp_path,
         records.log_step(
             {"iter": 1, "loss": 2.5, "lr": 0.1, "grad_norm": 1.0},
             {"iter": 1, "ms_per_iter": 1.0, "tokens_per_second": 2.0, "tflops": 3.0, "mfu": 0.5},
+            1,
+            None,
+            None,
         )
         records.log_eval({"iter": 1, "train_loss": 2.5, "val_loss": 3.5})
         records.restore(records.state())

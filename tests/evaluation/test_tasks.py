@@ -68,7 +68,7 @@ def test_an_unknown_task_is_told_with_the_nearest(tmp_path, capfd):
 
 def test_data_of_other_tasks_is_not_taken(tmp_path):
     fetch_tasks([], tmp_path)
-    with pytest.raises(EncoreError, match="lacks the data of hellaswag; `dvc repro download` brings it"):
+    with pytest.raises(EncoreError, match="lacks the data of hellaswag; `dvc repro download_tasks` brings it"):
         run_tasks(["hellaswag"], tmp_path, Path("model"), "cpu")
     shutil.rmtree(tmp_path)
 
@@ -78,10 +78,13 @@ def test_a_task_is_a_parameter_of_the_pipeline(finished):
     rows, data = make_rows(12), finished / "data/tasks"
     page = finished / "params.yaml"
     page.write_text(page.read_text().replace("evaluate_tasks: []", "evaluate_tasks: [hellaswag]"))
+    output = run_dvc(finished, "repro", exit_code=255, HF_ENDPOINT="http://127.0.0.1:9")
+    assert "encore: evaluate_tasks: the data of hellaswag cannot be fetched, since http://127.0.0.1:9 cannot" in output
+    assert (finished / "data/raw/manifest.json").exists()  # the corpus is another stage's
     with serving_tasks(rows) as (address, asked):
-        fetched = run_dvc(finished, "repro", "download", HF_ENDPOINT=address)
+        fetched = run_dvc(finished, "repro", "download_tasks", HF_ENDPOINT=address)
         assert any(path.endswith("data/validation-00000-of-00001.parquet") for path in asked)
-    assert stages_run(fetched) == ["check", "download"]
+    assert stages_run(fetched) == ["check", "download_tasks"]
     paths = [path for path in sorted(data.rglob("*")) if path.is_file() and path.name != "manifest.json"]
     files = {str(path.relative_to(data)): sha256(path.read_bytes()).hexdigest() for path in paths}
     assert len(files) > 2

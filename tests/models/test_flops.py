@@ -70,7 +70,11 @@ def test_a_listed_gpu_is_looked_up_and_an_unlisted_one_measured(monkeypatch):
     assert find_peak(device, torch.float32) == Peak(5e12, "measured")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Unheard-of 9000")
     assert find_peak(device, torch.bfloat16) == Peak(5e12, "measured")
-    assert find_peak(torch.device("cpu"), torch.bfloat16) == Peak(5e12, "measured")
+
+
+def test_a_cpu_has_no_peak(monkeypatch):
+    monkeypatch.setattr(flops, "measure_matmul", lambda device, dtype: pytest.fail("it was timed"))
+    assert find_peak(torch.device("cpu"), torch.float32) is None
 
 
 def test_the_measured_peak_is_the_best_time_after_a_warm_up(monkeypatch):

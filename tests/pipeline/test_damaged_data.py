@@ -81,7 +81,7 @@ def test_train_takes_no_other_weights_to_start_from(folder: Path) -> None:
         with pytest.raises(EncoreError) as error:
             train.main()
         problem = f"data/init/{name} has other bytes than its manifest says"
-        assert str(error.value) == f"{problem}; {bring_back('data/init', 'download')}"
+        assert str(error.value) == f"{problem}; {bring_back('data/init', 'download_weights')}"
         flip(Path("data/init", name), 60)
     train.main()
 

@@ -15,7 +15,16 @@ import pytest
 from encore.pipeline.stage_history import record_stage
 from tests.conftest import ROOT, pipeline_environment
 
-STAGES = ["check", "count_tokens", "download", "evaluate", "tokenize", "train"]
+STAGES = [
+    "check",
+    "count_tokens",
+    "download",
+    "download_tasks",
+    "download_weights",
+    "evaluate",
+    "tokenize",
+    "train",
+]
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

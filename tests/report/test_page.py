@@ -90,7 +90,7 @@ def test_the_numbers_of_the_page_are_those_of_the_files(here: Path) -> None:
 
 def test_the_curves_of_the_page_are_those_of_the_files(here: Path) -> None:
     drawn = datasets_of(render([find_revision("workspace")]))
-    for table, column in (("train", "lr"), ("train", "grad_norm"), ("speed", "mfu"), ("speed", "tokens_per_second")):
+    for table, column in (("train", "lr"), ("train", "grad_norm"), ("speed", "tokens_per_second")):
         rows = rows_of_file(here / f"metrics/{table}.tsv")
         assert [(row["iter"], row[column]) for row in drawn[table]] == [(row["iter"], row[column]) for row in rows]
     expected = {
@@ -191,14 +191,6 @@ def test_the_modules_that_differ_are_named() -> None:
     ]
     assert tables.differing_code(runs, revisions) == ["a.py", "c.py", "data/code/tokenize.txt"]
     assert tables.differing_code(runs[:1] * 2, revisions) == []
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [(0.54, "0.5 s"), (42.4, "42 s"), (59.6, "1 min 0 s"), (192, "3 min 12 s"), (57_720, "16 h 2 min")],
-)
-def test_durations(seconds: float, shown: str) -> None:
-    assert tables.as_duration(seconds) == shown
 
 
 @pytest.mark.parametrize(
@@ -348,7 +340,9 @@ def test_a_name_that_is_none_lists_the_experiments(beside: Path) -> None:
 def test_two_runs_side_by_side(beside: Path) -> None:
     page = render([find_revision("workspace"), find_revision("longer")])
     assert rows_of(page, "parameters") == {"key": ["workspace", "longer"], "max_iters": ["12", "14"]}
-    numbers = rows_of(page, "numbers")
+    summary, facts, numbers = (rows_of(page, place) for place in ("summary", "provenance", "numbers"))
+    assert summary["iter"] == ["12", "14 +2"]
+    assert facts["versions"][0] == facts["versions"][1] != "–"
     assert numbers["iter"] == ["12", "14 +2"]
     assert numbers["tokens seen"] == ["6,144", "7,168 +1,024"]
     assert numbers["train tokens"][0] == numbers["train tokens"][1]
@@ -358,6 +352,7 @@ def test_two_runs_side_by_side(beside: Path) -> None:
     )
     was, now = committed["val"]["loss"], experiment["val"]["loss"]
     assert numbers["val.loss"] == [f"{was:.5g}", f"{now:.5g} {now - was:+.4g}"]
+    assert summary["val loss"] == [f"{was:.4f}", f"{now:.4f} {now - was:+.4f}"]
     drawn = datasets_of(page)
     assert {(row["run"], row["series"]) for row in drawn["losses"]} == {
         (run, series) for run in ("workspace", "longer") for series in ("train", "val")
@@ -399,13 +394,13 @@ def test_it_renders_offline_on_any_screen(beside: Path, tmp_path: Path, names: l
             requests: list[str] = []
             page.on("request", lambda request, seen=requests: seen.append(request.url))
             page.goto(path.as_uri())
-            page.wait_for_function("document.querySelectorAll('.plot svg').length === 7")
+            page.wait_for_function("document.querySelectorAll('.plot svg').length === 6")
             marks = page.evaluate(
                 "[...document.querySelectorAll('.plot')].map(e => e.querySelectorAll('.mark-line path').length)"
             )
             losses = 3 if len(names) == 1 else 4
             assert marks[:2] == [losses, losses]
-            assert marks[2:] == [len(names)] * 5
+            assert marks[2:] == [len(names)] * 4
             assert page.evaluate("document.documentElement.scrollWidth") == width
             ends = "[...document.querySelectorAll('.plot svg')].map(figure => figure.getBoundingClientRect().right)"
             assert max(page.evaluate(ends)) <= width

@@ -31,12 +31,19 @@ def test_each_number_in_the_form_that_people_compare() -> None:
         ("lr", "6.00e-05"),
         ("mfu", "13.7% of 312 TFLOP/s, A100"),
         ("tokens/s", "49,876"),
-        ("train/loss", "3.2568"),
-        ("val/loss", "3.2693"),
-        ("val/loss, whole split", "3.2702"),
+        ("train loss", "3.2568"),
+        ("val loss", "3.2693"),
+        ("eval loss", "3.2702"),
         ("perplexity", "26.32"),
         ("bits per byte", "1.0722"),
     ]
+
+
+def test_a_run_on_a_cpu_has_no_mfu() -> None:
+    run = {key: value for key, value in RUN.items() if key not in ("mfu", "peak_tflops", "mfu_basis")}
+    with_mfu, without = dict(summary_rows(RUN, EVALUATION)), dict(summary_rows(run, EVALUATION))
+    assert with_mfu.pop("mfu")
+    assert without == with_mfu
 
 
 @pytest.mark.parametrize(("peak", "shown"), [(2250.0, "2250"), (70.0, "70"), (0.12345, "0.1235"), (42.741, "42.74")])
@@ -81,7 +88,7 @@ def test_the_whole_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
     summary.main()
     out = capsys.readouterr().out
-    assert [part in out for part in ("val/loss               3.2693", "  | öäü 中", "training.log")] == [True] * 3
+    assert [part in out for part in ("val loss       3.2693", "  | öäü 中", "training.log")] == [True] * 3
     assert out.index("perplexity") < out.index("öäü") < out.index("dvc plots show")
 
 

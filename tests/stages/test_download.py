@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from encore.download.raw_folder import RawFile, RawFolder
 from encore.download.sources import Wanted
 from encore.errors import EncoreError
-from stages import download
+from stages import download, download_tasks, download_weights
 from tests.conftest import ROOT
 from tests.sealed import read_with_seal, without_seal
 
@@ -28,14 +28,19 @@ stages:
   download:
     cmd: python -m stages.download
     params:
-      [dataset, dataset_revision, text_column, shard_order, tokenizer, token_cap, val_fraction, split_seed, init_from,
-       evaluate_tasks]
+      [dataset, dataset_revision, text_column, shard_order, tokenizer, token_cap, val_fraction, split_seed]
+  download_weights:
+    cmd: python -m stages.download_weights
+    params: [init_from]
+  download_tasks:
+    cmd: python -m stages.download_tasks
+    params: [evaluate_tasks]
 """
 
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a pipeline of this one stage and a corpus of two files."""
+    """A working directory with a pipeline of the download stages and a corpus of two files."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ENCORE_SCRATCH", raising=False)
     Path("dvc.yaml").write_text(PIPELINE)
@@ -104,13 +109,8 @@ def test_files_and_manifest(repository: Path, capsys: pytest.CaptureFixture[str]
         for name, source, content, documents in zip(names, ("a.jsonl.gz", "b.parquet"), contents, (2, 1), strict=True)
     ]
     assert {path.name for path in Path("data/raw").iterdir()} == {*names, "manifest.json"}
-    megabytes = sum(map(len, contents)) / 1e6
-    assert capsys.readouterr().out == f"files:corpus/*: 2 files, 3 documents, {megabytes:.1f} MB in data/raw\n"
-    assert [path.name for path in Path("data/init").iterdir()] == ["manifest.json"]
-    assert read_with_seal(Path("data/init/manifest.json").read_bytes()) == {"init_from": "scratch", "files": {}}
-    assert {path.name: read_with_seal(path.read_text()) for path in Path("data/tasks").iterdir()} == {
-        "manifest.json": {"tasks": [], "lm_eval": None, "files": {}}
-    }
+    said = f"files:corpus/*: 3 documents, {text_bytes} bytes of text in data/raw, all of it\n"
+    assert capsys.readouterr().out == said
 
 
 def test_same_bytes_elsewhere_and_later(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_a_failure_leaves_what_was_there(repository: Path) -> None:
     with pytest.raises(EncoreError, match=f"set dataset_revision to {corpus_hash()}"):
         download.main()
     assert hashes(Path("data/raw")) == before
-    assert sorted(path.name for path in Path("data").iterdir()) == ["init", "raw", "tasks"]
+    assert sorted(path.name for path in Path("data").iterdir()) == ["raw"]
 
 
 @pytest.mark.parametrize(("tokenizer", "vocab_size", "bytes_per_token"), [("bpe", 2048, 6.0), ("gpt2", 50257, 4.488)])
@@ -177,16 +177,23 @@ def test_weights_come_to_data_init(repository: Path) -> None:
     )
     Path("weights/model.safetensors").write_bytes(b"weights")
     set_params(init_from="./weights/")
-    download.main()
+    download_weights.main()
     manifest = json.loads(Path("data/init/manifest.json").read_bytes())
     files = hashes(Path("weights"))
     assert without_seal(manifest) == {"init_from": "./weights/", "files": files}
     assert hashes(Path("data/init")) == {**files, "manifest.json": sha256(Path("data/init/manifest.json").read_bytes())}
-    assert len(list(Path("data/raw").iterdir())) == 3
 
     set_params(init_from="scratch")
-    download.main()
+    download_weights.main()
     assert [path.name for path in Path("data/init").iterdir()] == ["manifest.json"]
+    assert read_with_seal(Path("data/init/manifest.json").read_bytes()) == {"init_from": "scratch", "files": {}}
+
+
+def test_no_tasks_are_a_manifest(repository: Path) -> None:
+    download_tasks.main()
+    assert {path.name: read_with_seal(path.read_text()) for path in Path("data/tasks").iterdir()} == {
+        "manifest.json": {"tasks": [], "lm_eval": None, "files": {}}
+    }
 
 
 def run_stage(**environment: str) -> subprocess.CompletedProcess[str]:
@@ -202,7 +209,7 @@ def run_stage(**environment: str) -> subprocess.CompletedProcess[str]:
 def test_as_dvc_runs_it(repository: Path) -> None:
     good = run_stage()
     assert (good.returncode, good.stderr) == (0, "")
-    assert good.stdout.startswith("files:corpus/*: 2 files, 3 documents, ")
+    assert good.stdout.startswith("files:corpus/*: 3 documents, ")
     set_params(dataset="files:nothing/*.txt")
     bad = run_stage()
     assert (bad.returncode, bad.stdout) == (1, "")

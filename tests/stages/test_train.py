@@ -3,7 +3,6 @@ test_pipeline.py."""
 
 import json
 import shutil
-import subprocess
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from encore.pretrained.model_folder import load_model
 from encore.training.metrics import Records, Rows
 from encore.training.trainer import Trainer
 from stages import train
-from tests.conftest import ROOT, TINY, commit, write_page
+from tests.conftest import ROOT, TINY, write_page
 from tests.small_runs import NO_STOP, enter, small_machine
 
 PARAMETERS = 320 * 32 + 16 * 32 + 2 * (12 * 32 * 32 + 2 * 32) + 32  # of TINY's model; 300 token ids become 5 x 64
@@ -323,17 +322,3 @@ def test_the_summary_has_the_last_losses_and_the_median_speeds():
         "mfu_basis": "measured",
         "devices": 4,
     }
-
-
-def test_the_commit_is_gits_and_says_when_files_differ(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert train.git_commit() == "none"
-    for command in (["init", "-q"], ["config", "user.name", "test"], ["config", "user.email", "test@localhost"]):
-        subprocess.run(["git", *command], check=True)
-    (tmp_path / "file").write_text("1")
-    commit(tmp_path, "first")
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout[:12]
-    assert train.git_commit() == head
-    (tmp_path / "file").write_text("2")
-    assert train.git_commit() == f"{head}-dirty"

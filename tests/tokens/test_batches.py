@@ -175,5 +175,5 @@ def test_a_split_without_one_window_is_refused(tmp_path: Path) -> None:
         open_windows(tmp_path, 16, 16)
     assert str(error.value) == (
         "the train split has 16 tokens, too few for one window of block_size 16; "
-        "lower block_size, or raise token_cap or val_fraction"
+        "lower block_size, change val_fraction, or use more text"
     )

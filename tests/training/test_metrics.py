@@ -33,6 +33,9 @@ def log_steps(records, first, last):
         records.log_step(
             {"iter": i, "loss": 4 / i, "lr": i / 1000, "grad_norm": 0.1 * i},
             {"iter": i, "ms_per_iter": 12.34, "tokens_per_second": 56789.4, "tflops": 0.5, "mfu": 0.13698},
+            max_iters=6,
+            seconds_left=4321.0 * (6 - i),
+            gpu_bytes=17_480_000_000,
         )
         if i % 2 == 0:
             records.log_eval({"iter": i, "train_loss": 4 / i, "val_loss": 5 / i})
@@ -79,11 +82,21 @@ def test_the_log_says_what_was_done_and_so_does_the_screen(tmp_path, capsys):
     log_steps(records, 2, 2)
     expected = (
         "hello\n"
-        "iter 2: loss 2.0000, lr 2.00e-03, 12.3 ms, 56,789 tokens/s, mfu 13.70%\n"
+        "iter 2/6: loss 2.0000, lr 2.00e-03, 12.3 ms, 56,789 tokens/s, mfu 13.70%, 17.5 GB, 4 h 48 min left\n"
         "iter 2: train loss 2.0000, val loss 2.5000\n"
     )
     assert (tmp_path / "training.log").read_text() == expected
     assert capsys.readouterr().out == expected
+
+
+def test_a_line_leaves_out_what_there_is_not(tmp_path, capsys):
+    """On a CPU, at the end of a run."""
+    train = {"iter": 6, "loss": 1.5, "lr": 6e-5, "grad_norm": 0.1}
+    speed = {"iter": 6, "ms_per_iter": 12.34, "tokens_per_second": 56789.4, "tflops": 0.5}
+    run = FakeRun()
+    make_records(tmp_path, run).log_step(train, speed, 6, 0.0, None)
+    assert capsys.readouterr().out == "iter 6/6: loss 1.5000, lr 6.00e-05, 12.3 ms, 56,789 tokens/s\n"
+    assert "mfu" not in run.history[0]
 
 
 def test_the_three_curves_hold_their_columns_and_clock_times_stay_apart(tmp_path, capsys):

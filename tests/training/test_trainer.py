@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,6 +188,21 @@ def test_speed_follows_from_the_clock_and_the_peak(make_trainer):
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters()) - 16 * 32
     flops = (6 * parameters + 12 * 2 * 32 * 16) * row["tokens_per_second"]
     assert (row["tflops"], row["mfu"]) == pytest.approx((flops / 1e12, flops / 1e12))
+
+
+def test_the_time_left_is_that_of_the_steps_behind_the_first(make_trainer, monkeypatch):
+    """The first step takes 100 s, the next two 10 s each with what lies between them: seven more take 70 s."""
+    trainer = make_trainer("run", max_iters=10)
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("encore.training.trainer.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    clock.now = 100.0
+    trainer.step()
+    assert trainer.seconds_left() is None
+    clock.now = 110.0
+    trainer.step()
+    clock.now = 120.0
+    trainer.step()
+    assert trainer.seconds_left() == 70.0
 
 
 def test_an_evaluation_that_is_not_finite_ends_the_run(make_trainer):

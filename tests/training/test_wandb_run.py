@@ -75,6 +75,9 @@ def test_an_offline_run_holds_config_history_and_summary(offline, capsys):
         records.log_step(
             {"iter": i, "loss": 4.0 / i, "lr": 0.001 * i, "grad_norm": 0.5},
             {"iter": i, "ms_per_iter": 1.0, "tokens_per_second": 2.0, "tflops": 3.0, "mfu": 0.25},
+            2,
+            None,
+            None,
         )
         records.log_eval({"iter": i, "train_loss": 3.0 / i, "val_loss": 3.5 / i})
     identity = records.state()["wandb_id"]
