@@ -16,7 +16,7 @@ from encore.pipeline.stage_history import record_stage
 from encore.pretrained.init_from import find_misfits
 from stages import STARTED
 
-STAGES = ("download", "download_weights", "download_tasks", "tokenize", "count_tokens", "train", "evaluate")
+STAGES = ("download", "download_weights", "download_tasks", "tokenize", "train", "evaluate", "count_tokens")
 
 
 def main() -> None:

@@ -50,7 +50,8 @@ def main() -> None:
         write_manifest(folder, store.vocab_size, shards, about)
     for split, of_split in shards.items():
         tokens, documents = (sum(getattr(shard, what) for shard in of_split) for what in ("tokens", "documents"))
-        print(f"{split}: {tokens:,} tokens of {documents:,} documents in {len(of_split)} shards")
+        shards_word = "shard" if len(of_split) == 1 else "shards"
+        print(f"{split}: {tokens:,} tokens of {documents:,} documents in {len(of_split)} {shards_word}")
     record_stage("tokenize", TOKENS / MANIFEST, STARTED)
 
 

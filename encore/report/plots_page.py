@@ -26,7 +26,11 @@ addEventListener("DOMContentLoaded", () => {
   for (const [, spec] of text.matchAll(/^\s*var spec = (.*);\n\s*vegaEmbed\(/gm)) {
     const place = add("div");
     const fail = (error) => { place.textContent = "This figure could not be drawn: " + error; console.error(error); };
-    try { vegaEmbed(place, JSON.parse(spec)).catch(fail); } catch (error) { fail(error); }
+    try {
+      const figure = JSON.parse(spec);
+      if (figure.layer || figure.mark) figure.width = "container";  // of several figures in one, each has its own
+      vegaEmbed(place, figure, { config: { legend: { orient: "bottom", columns: 1 } } }).catch(fail);
+    } catch (error) { fail(error); }
   }
   for (const [, name, source] of text.matchAll(/<p>(.*)<\/p>\s*<img src="(.*)">\s*<\/div>/g)) {
     const image = add("img");
@@ -47,8 +51,9 @@ style-src 'unsafe-inline'; img-src 'self' file: data:; base-uri 'none'; form-act
 <style>
   body { font: 15px system-ui, sans-serif; margin: 2em; color: #1a1a1a; background: #fff; }
   main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 34em), 1fr)); gap: 2em; }
-  main > div { overflow-x: auto; }
+  main > div { overflow-x: auto; width: 100%; }
   img { max-width: 100%; }
+  @media (max-width: 600px) { body { margin: 1em; } }
   plaintext { display: none; }
 </style>
 <script>{library}</script>

@@ -103,3 +103,23 @@ def test_names_of_branches_are_drawn_and_not_obeyed(page: str, tmp_path: Path) -
         assert browser.locator("main > img").evaluate_all("all => all.map(one => one.alt)") == NAMES[:3]
         assert {url for url in requests if not url.startswith("data:image")} == {(tmp_path / "index.html").as_uri()}
         assert browser.problems == []
+
+
+def test_figures_are_as_wide_as_the_screen(page: str, tmp_path: Path) -> None:
+    """Legend included, on a phone and on a desk."""
+    rows = [
+        {"rev": rev, "iter": i, "loss": 2.0 + i} for rev in ("workspace", "a-long-name-of-a-branch") for i in (0, 1)
+    ]
+    (tmp_path / "template.html").write_text(page, encoding="utf-8")
+    figure = VegaRenderer(rows, "loss", x="iter", y="loss", title="Loss")
+    render_html([figure, figure], tmp_path / "index.html", tmp_path / "template.html")
+    for width in (390, 1280):
+        with chromium_page(offline=True, viewport={"width": width, "height": 800}) as browser:
+            browser.goto((tmp_path / "index.html").as_uri())
+            browser.wait_for_function("document.querySelectorAll('main .marks').length === 2")
+            drawn = "[...document.querySelectorAll('main .marks')].map(one => one.getBoundingClientRect())"
+            boxes = browser.evaluate(f"{drawn}.map(box => [box.left, box.right])")
+            assert browser.evaluate("document.documentElement.scrollWidth") == width
+            assert all(left >= 0 and right <= width for left, right in boxes)
+            assert min(right - left for left, right in boxes) > 0.4 * width
+            assert browser.problems == []

@@ -128,7 +128,7 @@ def undisturbed(tmp_path: Path, servers: tuple[Hub, Hub]) -> dict[str, str]:
     folder = prepare(tmp_path / "undisturbed")
     out, error = run(folder, hub)
     assert error == ""
-    assert out.startswith(f"hf:{REPOSITORY}: {CHOSEN} files, {25 * CHOSEN} documents, ")
+    assert out.startswith(f"hf:{REPOSITORY}: {25 * CHOSEN} documents, ")
     manifest = json.loads((folder / "data/raw/manifest.json").read_bytes())
     assert [file["source"] for file in manifest["files"]] == [name_of(number) for number in range(CHOSEN)]
     assert [file["sha256"] for file in manifest["files"]] == [
@@ -289,7 +289,7 @@ def test_faults_that_stay_and_then_go(fault: str, tmp_path: Path, servers: tuple
     assert sentence in last
     assert all(line.startswith("encore: note: ") for line in notes)
     assert storage.requests[f"GET {bad}"] == tries
-    assert sorted(path.name for path in (folder / "data").iterdir()) == ["init", "tasks"]
+    assert sorted(path.name for path in (folder / "data").iterdir()) == []
     whole = {path.relative_to(stored(folder)).as_posix() for path in stored(folder).rglob("*.parquet")}
     storage.faults.clear()
     storage.requests.clear()
@@ -365,4 +365,4 @@ def test_signals_end_a_stage_that_waits_for_a_server(
     assert (stage.returncode, out, error) == (exit_code, "", f"encore: {sentence}\n")
     partials = list(folder.rglob("*.parquet.partial"))
     assert [path.stat().st_size for path in partials] == [BROKEN_OFF_BYTES] * 8
-    assert sorted(path.name for path in (folder / "data").iterdir()) == ["init", "tasks"]
+    assert sorted(path.name for path in (folder / "data").iterdir()) == []

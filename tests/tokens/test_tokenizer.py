@@ -227,7 +227,7 @@ def test_a_vocabulary_that_the_corpus_cannot_fill_is_refused() -> None:
         train_bpe(["abc"], 300)
     assert str(error.value) == (
         "vocab_size: 300 is more than this corpus can fill; set vocab_size: 259, for which "
-        "Lower vocab_size or raise token_cap"
+        "it has pairs, or a smaller one, or use more text"
     )
 
 
