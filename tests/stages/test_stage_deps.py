@@ -158,7 +158,7 @@ def test_a_stage_asks_to_be_told_before_it_imports_anything_heavy(stage, tmp_pat
 
 
 def test_package_files_hold_only_docstrings():
-    for name in ROOMS:
+    for name in ROOMS - {"encore/__init__.py"}:  # which is the door of the library, and used by no stage
         assert re.fullmatch(r'"""[^"]*"""\n', (ROOT / name).read_text())
 
 
