@@ -25,6 +25,7 @@ FOLDER = Path("data/code")
 # the schema of params.yaml: dvc.yaml tracks each value that a stage gets. So a better message reruns no training.
 SILENT = {
     "encore.errors",
+    "encore.notify",
     "encore.params",
     "encore.pipeline.stage_history",
     "encore.progress",

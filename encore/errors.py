@@ -3,8 +3,11 @@
 import sys
 from collections.abc import Callable
 
+from encore.notify import notify_of_failure
 from encore.streams import keep_printing
 from encore.system_errors import explain
+
+CTRL_C = 130  # the exit code of what it ends
 
 
 class EncoreError(Exception):
@@ -41,10 +44,11 @@ def run_stage(main: Callable[[], None]) -> None:
     except Interrupted as stop:
         _exit(str(stop), stop.exit_code)
     except KeyboardInterrupt:
-        _exit("stopped by Ctrl-C; run the same command to go on", 130)
+        _exit("stopped by Ctrl-C; run the same command to go on", CTRL_C)
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
+            notify_of_failure(f"{type(error).__name__}: {error}")
             raise
         _exit(sentence, 1)
 
@@ -53,4 +57,6 @@ def _exit(message: str, exit_code: int) -> None:
     sys.stdout.flush()
     if message:
         print(f"encore: {message}", file=sys.stderr, flush=True)
+    if exit_code != CTRL_C:  # whoever pressed it knows
+        notify_of_failure(message)
     raise SystemExit(exit_code)

@@ -19,6 +19,7 @@ from encore.evaluation.tasks import run_tasks
 from encore.files import write_json, write_tsv, write_whole
 from encore.integrity import Verification
 from encore.models.architectures import Model
+from encore.notify import notify
 from encore.params import StageParams, load_params
 from encore.pipeline.stage_history import record_stage
 from encore.pretrained.model_folder import load_model
@@ -83,6 +84,7 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
     write_json(METRICS, result)
     write_whole(SAMPLES, as_markdown(params.start, write_samples(params, model)).encode())
     record_stage("evaluate", METRICS, STARTED)
+    notify(f"eval loss {split_loss.loss:.4f}{precision}")
 
 
 def summarize(split_loss: SplitLoss, seconds: float) -> dict[str, Any]:

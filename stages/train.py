@@ -19,6 +19,7 @@ from encore.files import check_room, sha256_of, whole_folder, write_json
 from encore.integrity import Verification, check_files
 from encore.json_files import read_sealed
 from encore.models.architectures import Model, make_config, make_model
+from encore.notify import notify
 from encore.params import StageParams, load_params
 from encore.pipeline.commit import describe_head
 from encore.pipeline.stage_history import record_stage
@@ -208,6 +209,8 @@ def write_results(trainer: Trainer, model: Model) -> None:
         write_card(folder, record, summary)
     write_json(METRICS / "metrics.json", summary)
     records.finish(summary)
+    losses = f"train loss {summary['train']['loss']:.4f}, val loss {summary['val']['loss']:.4f}"
+    notify(f"ended at iteration {trainer.iter:,}, {losses}")
 
 
 def summarize(trainer: Trainer) -> dict[str, Any]:
