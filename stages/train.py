@@ -19,6 +19,7 @@ from encore.files import check_room, sha256_of, whole_folder, write_json
 from encore.integrity import Verification, check_files
 from encore.json_files import read_sealed
 from encore.models.architectures import Model, make_config, make_model
+from encore.models.recompute import recompute_layers, wants_recompute
 from encore.notify import notify
 from encore.params import StageParams, load_params
 from encore.pipeline.commit import describe_head
@@ -147,6 +148,8 @@ def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Tra
         check_files(INIT, read_sealed(INIT / "manifest.json", InitManifest, INIT_WAY_OUT)["files"], INIT_WAY_OUT)
         model = load_initial(INIT, config, read_ranks_file(TOKENS))
     model.to(hardware.device)
+    if wants_recompute():
+        recompute_layers(model)
 
     found = find_resumable(checkpoints, params.max_iters) if ranks.is_first else None
     wandb_run = None
