@@ -152,9 +152,19 @@ class CheckpointState(TypedDict):
 
     iter: Count
     code: NotRequired[list[CodeEntry]]
-    wandb_id: NotRequired[str | None]
     sha256: dict[str, Sha256]
     own_sha256: Sha256
+
+
+@with_config(EXACTLY)
+class WandbRecord(TypedDict):
+    """wandb.json, of training/wandb_run.py. iter: of the last row that wandb has, -1 where it has none. model_sha256:
+    of the encore.json of the model with which the run has ended."""
+
+    id: str
+    project: str
+    iter: int
+    model_sha256: NotRequired[Sha256]
 
 
 @with_config(EXACTLY)

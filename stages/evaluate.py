@@ -26,6 +26,7 @@ from encore.progress import Progress
 from encore.tokens.batches import Windows
 from encore.tokens.token_files import RANKS_FILE, WAY_OUT, TokenSplit, token_hashes
 from encore.tokens.tokenizer import load_tokenizer
+from encore.training.wandb_evaluation import send_evaluation
 from stages import STARTED
 
 TOKENS = Path("data/tokens")
@@ -81,8 +82,10 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
     if scores := run_tasks(params.evaluate_tasks, TASKS, MODEL, str(find_device())):
         result["task"] = scores
     write_json(METRICS, result)
-    write_whole(SAMPLES, as_markdown(params.start, write_samples(params, model)).encode())
+    samples = write_samples(params, model)
+    write_whole(SAMPLES, as_markdown(params.start, samples).encode())
     record_stage("evaluate", METRICS, STARTED)
+    send_evaluation(MODEL, result, params.start, samples)
 
 
 def summarize(split_loss: SplitLoss, seconds: float) -> dict[str, Any]:
