@@ -159,12 +159,13 @@ class CheckpointState(TypedDict):
 @with_config(EXACTLY)
 class WandbRecord(TypedDict):
     """wandb.json, of training/wandb_run.py. iter: of the last row that wandb has, -1 where it has none. model_sha256:
-    of the encore.json of the model with which the run has ended."""
+    of the encore.json of the model with which the run has ended. open_folder: that wandb writes offline."""
 
     id: str
     project: str
     iter: int
     model_sha256: NotRequired[Sha256]
+    open_folder: NotRequired[str]
 
 
 @with_config(EXACTLY)

@@ -2,13 +2,15 @@
 
 A thread of its own speaks to wandb, so that a stage waits neither for a slow server nor for one that is not there.
 
-SCRATCH/checkpoints/FINGERPRINT/wandb.json says which run at wandb is that of the checkpoints beside it, and up to which
-iteration wandb has its rows. A resumed run gives it only what comes after. wandb itself would drop a repeated step
-online, but not offline, where it cannot ask the server what is there.
+A resumed run gives wandb the rows of the checkpoint that wandb lacks, and then its own. Online the server says what it
+has: where a kill came first, that is less than wandb was given. Offline SCRATCH/checkpoints/FINGERPRINT/wandb.json says
+up to which iteration the folders have the rows that were closed. wandb writes a folder in blocks of 32 KiB, so a kill
+leaves one torn, and `wandb sync` then sends none of the run's folders; so the next start removes it.
 """
 
 import os
 import secrets
+import shutil
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +43,6 @@ class WandbRun:
         """folder: where the record is kept. start: opens the run; it and all that follows are done in a thread."""
         self.record = record
         self._folder = folder
-        self._sent_iter = record["iter"]
         self._row: dict[str, Any] = {}  # not given to wandb yet, since more may come of the same iteration
         self._calls: SimpleQueue[Callable[[Any], object] | None] = SimpleQueue()
         self._failed = False
@@ -50,8 +51,6 @@ class WandbRun:
 
     def log(self, row: dict[str, Any]) -> None:
         """A row of the run's history. What comes of one iteration becomes one row; what wandb has is left out."""
-        if row["iter"] <= self._sent_iter:
-            return
         if self._row and self._row["iter"] != row["iter"]:
             self._send_row()
         self._row |= row
@@ -72,7 +71,7 @@ class WandbRun:
         """Ends the run; waits for it, but no longer than `seconds`. exit_code: other than 0, the run failed."""
         seconds = SECONDS_TO_FINISH if seconds is None else seconds
         self._send_row()
-        self.ask(lambda run: run.finish(exit_code=exit_code))
+        self.ask(partial(self._close, exit_code))
         self._calls.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
@@ -80,16 +79,20 @@ class WandbRun:
 
     def _send_row(self) -> None:
         if row := self._row:
-            self._row, self._sent_iter = {}, row["iter"]
+            self._row = {}
             self.ask(partial(self._log, row))
 
     def _log(self, row: dict[str, Any], run: Any) -> None:
-        run.log(row, step=row["iter"])
-        self.record["iter"] = row["iter"]
-        self._keep()
+        if row["iter"] > self.record["iter"]:
+            run.log(row, step=row["iter"])
+            self.record["iter"] = row["iter"]
 
     def _sign(self, model_sha256: str) -> None:
         self.record["model_sha256"] = model_sha256
+
+    def _close(self, exit_code: int, run: Any) -> None:
+        run.finish(exit_code=exit_code)
+        self.record.pop("open_folder", None)
         self._keep()
 
     def _keep(self) -> None:
@@ -99,8 +102,8 @@ class WandbRun:
         what = "did not start"
         try:
             run = start()
-            what = "failed"
             self._keep()
+            what = "failed"
             while call := self._calls.get():
                 call(run)
         except (
@@ -113,12 +116,16 @@ class WandbRun:
 def start_wandb(config: dict[str, Any], folder: Path, resumed: bool) -> WandbRun | None:
     """Starts the run of the checkpoints in `folder`, or continues it where training is resumed, in the mode that
     WANDB_MODE names; None where it asks for none."""
+    record = _read_record(folder)
+    if record and (torn := record.pop("open_folder", None)):
+        shutil.rmtree(torn, ignore_errors=True)
     if not resumed:
+        record = None
         (folder / RECORD).unlink(missing_ok=True)  # of a run that this one does anew
     if not is_wanted():
         return None
     new = WandbRecord(id=secrets.token_hex(4), project=os.environ.get("WANDB_PROJECT", "encore"), iter=-1)
-    record = _read_record(folder) or new
+    record = record or new
     return WandbRun(folder, record, partial(_open, config, record))
 
 
@@ -164,13 +171,11 @@ def _open(config: dict[str, Any], record: WandbRecord) -> Any:
         wandb.teardown()  # its own process holds the first attempt
         run = init(mode="offline")
     run.define_metric("*", step_metric="iter")
-    note(_describe(run))
+    if run.offline:
+        record["open_folder"] = str(Path(run.dir).parent)
+        folder = os.path.relpath(record["open_folder"])
+        note(f"wandb: {folder} holds the run; `wandb sync {folder}` sends it")
+    else:
+        record["iter"] = run.starting_step - 1
+        note(f"wandb: {run.url}")
     return run
-
-
-def _describe(run: Any) -> str:
-    """Where to see the run, or how to send it."""
-    if not run.offline:
-        return f"wandb: {run.url}"
-    folder = os.path.relpath(Path(run.dir).parent)
-    return f"wandb: {folder} holds the run; `wandb sync {folder}` sends it"
