@@ -158,14 +158,15 @@ class CheckpointState(TypedDict):
 
 @with_config(EXACTLY)
 class WandbRecord(TypedDict):
-    """wandb.json, of training/wandb_run.py. iter: of the last row that wandb has, -1 where it has none. model_sha256:
-    of the encore.json of the model with which the run has ended. open_folder: that wandb writes offline."""
+    """wandb.json, of training/wandb_run.py. iter: of the last row that wandb has, -1 where it has none. open_folder:
+    that wandb writes offline. A run that has ended has a summary, and the sha256 of its model's encore.json."""
 
     id: str
     project: str
     iter: int
-    model_sha256: NotRequired[Sha256]
     open_folder: NotRequired[str]
+    summary: NotRequired[dict[str, Any]]
+    model_sha256: NotRequired[Sha256]
 
 
 @with_config(EXACTLY)

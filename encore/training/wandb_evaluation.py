@@ -26,7 +26,9 @@ def send_evaluation(model: Path, result: dict[str, Any], start: str, samples: li
         note("wandb gets no evaluation: the model was not trained here with WANDB_MODE set, or trained again since")
         return
     # In the summary and not in the history, whose steps are the iterations: a longer training may go on after the last.
-    run.ask(lambda wandb_run: wandb_run.summary.update({**flatten(result), "samples": _make_table(start, samples)}))
+    # `wandb sync` puts the newest folder's summary in the place of the earlier ones', so it is given whole.
+    numbers = {**run.record["summary"], **flatten(result)}
+    run.ask(lambda wandb_run: wandb_run.summary.update({**numbers, "samples": _make_table(start, samples)}))
     seconds = SECONDS_TO_FINISH
     if os.environ.get("WANDB_LOG_MODEL", "").lower() in LOG_MODEL:
         run.ask(lambda wandb_run: _send_model(wandb_run, model))

@@ -44,6 +44,7 @@ class WandbRun:
         self.record = record
         self._folder = folder
         self._row: dict[str, Any] = {}  # not given to wandb yet, since more may come of the same iteration
+        self._last_values: dict[str, Any] = {}  # what wandb makes a summary of by itself
         self._calls: SimpleQueue[Callable[[Any], object] | None] = SimpleQueue()
         self._failed = False
         self._thread = threading.Thread(target=self._speak, args=(start,), name="wandb", daemon=True)
@@ -63,8 +64,8 @@ class WandbRun:
     def finish(self, summary: dict[str, Any], model_sha256: str) -> None:
         """Writes the summary and ends the run. model_sha256: of the model's encore.json, by which `find_run` knows the
         run."""
-        self.ask(lambda run: run.summary.update(summary))
-        self.ask(lambda run: self._sign(model_sha256))
+        self._send_row()
+        self.ask(partial(self._summarize, summary, model_sha256))
         self.end()
 
     def end(self, exit_code: int = 0, seconds: float | None = None) -> None:
@@ -84,10 +85,13 @@ class WandbRun:
 
     def _log(self, row: dict[str, Any], run: Any) -> None:
         if row["iter"] > self.record["iter"]:
-            run.log(row, step=row["iter"])
+            run.log(row, step=row["iter"], commit=True)
             self.record["iter"] = row["iter"]
+        self._last_values |= row
 
-    def _sign(self, model_sha256: str) -> None:
+    def _summarize(self, summary: dict[str, Any], model_sha256: str, run: Any) -> None:
+        run.summary.update(summary)
+        self.record["summary"] = {**self._last_values, **summary}
         self.record["model_sha256"] = model_sha256
 
     def _close(self, exit_code: int, run: Any) -> None:
