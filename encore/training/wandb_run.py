@@ -76,6 +76,7 @@ class WandbRun:
         self._calls.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
+            self._failed = True  # what else goes wrong has been told with this
             note(f"wandb has not ended the run in {seconds:.0f} s; `wandb sync` sends what lies in wandb/")
 
     def _send_row(self) -> None:
@@ -113,8 +114,9 @@ class WandbRun:
         except (
             Exception
         ) as error:  # whatever wandb raises (not installed, not logged in, not reachable), the stage goes on
-            self._failed = True
-            note(f"wandb {what} ({error}); the stage goes on without it")
+            if not self._failed:
+                self._failed = True
+                note(f"wandb {what} ({_on_one_line(error)}); the stage goes on without it")
 
 
 def start_wandb(config: dict[str, Any], folder: Path, resumed: bool) -> WandbRun | None:
@@ -171,7 +173,7 @@ def _open(config: dict[str, Any], record: WandbRecord) -> Any:
     try:
         run = init()
     except wandb.errors.CommError as error:
-        note(f"wandb's server cannot be reached ({error}); the run is kept in wandb/")
+        note(f"wandb's server cannot be reached ({_on_one_line(error)}); the run is kept in wandb/")
         wandb.teardown()  # its own process holds the first attempt
         run = init(mode="offline")
     run.define_metric("*", step_metric="iter")
@@ -183,3 +185,7 @@ def _open(config: dict[str, Any], record: WandbRecord) -> Any:
         record["iter"] = run.starting_step - 1
         note(f"wandb: {run.url}")
     return run
+
+
+def _on_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

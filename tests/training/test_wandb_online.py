@@ -1,5 +1,5 @@
-"""wandb for real, against a server of its protocol on loopback: an interrupted run is one curve there, to which evaluate
-adds."""
+"""wandb for real, against a server of its protocol on loopback: an interrupted run is one curve there, and the stage
+evaluate adds to it."""
 
 import json
 import shutil

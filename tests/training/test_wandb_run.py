@@ -299,6 +299,22 @@ def test_a_wandb_that_hangs_is_not_waited_for(tmp_path, monkeypatch, capsys):
     go_on.set()
     run._thread.join()
     assert calls == ["log", "summary", "finish"]
+    assert capsys.readouterr().err == ""
+
+
+def test_what_fails_after_the_wait_is_not_told_again(tmp_path, monkeypatch, capsys):
+    go_on = threading.Event()
+    monkeypatch.setattr(wandb_run, "SECONDS_TO_FINISH", 0.05)
+
+    def start():
+        go_on.wait()
+        raise RuntimeError("the process ends")
+
+    run = WandbRun(tmp_path, {**RECORDED}, start)
+    run.end()
+    go_on.set()
+    run._thread.join()
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_rows_come_in_their_order_and_those_of_an_iteration_as_one(tmp_path):
