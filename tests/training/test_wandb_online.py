@@ -2,6 +2,7 @@
 evaluate adds to it."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -111,20 +112,28 @@ def check_run(server, folder):
     return run
 
 
+def documented_steps():
+    """The last column of the table in docs/everyday.md."""
+    rows = re.findall(r"^\| (?:killed|resumed) .*\| (\d+) to (\d+) \|$", (ROOT / "docs/everyday.md").read_text(), re.M)
+    return [list(range(int(first), int(last) + 1)) for first, last in rows]
+
+
 def models(server):
     return [artifact for artifact in server.artifacts if artifact.type == "model"]
 
 
 def test_a_run_killed_and_stopped_online_is_one_curve(stages, tmp_path):
+    after_kill, after_stop, after_end = documented_steps()
     with serving() as server:
         stages(server.url, training(6, int(signal.SIGKILL)), -signal.SIGKILL, WANDB_MODE="online")
         (run,) = server.runs.values()
-        assert [row["iter"] for row in run.rows()] == list(range(6))  # 5 and 6 will be done again
+        assert [row["iter"] for row in run.rows()] == after_kill  # 5 and 6 will be done again
         stopped = stages(server.url, training(6, int(signal.SIGTERM)), 143, WANDB_MODE="online")
         assert "SIGTERM: saved at iteration 7 of 10" in stopped
-        assert [row["iter"] for row in run.rows()] == list(range(8))
+        assert [row["iter"] for row in run.rows()] == after_stop
         error = stages(server.url, training(), WANDB_MODE="online")
         run = check_run(server, tmp_path)
+    assert [row["_step"] for row in run.history] == after_end
     assert run.exit_codes == [1, 0, 0]  # stopped, trained, evaluated; who is killed says nothing
     assert error.count(f"encore: note: wandb: {server.url}/{ENTITY}/encore/runs/{run.id}\n") == 2
     assert models(server) == []
