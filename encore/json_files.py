@@ -114,3 +114,12 @@ def _check(value: Any, schema: type[T], what: str, way_out: str) -> T:
 @cache
 def _adapter(schema: Any) -> TypeAdapter:
     return TypeAdapter(schema)
+
+
+def flatten(nested: dict[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+    """A mapping without mappings in it; keys joined by a separator: a dot as DVC shows them, a slash as wandb does."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        is_nested = isinstance(value, dict)
+        flat.update(flatten(value, separator, f"{prefix}{key}{separator}") if is_nested else {prefix + key: value})
+    return flat

@@ -152,9 +152,21 @@ class CheckpointState(TypedDict):
 
     iter: Count
     code: NotRequired[list[CodeEntry]]
-    wandb_id: NotRequired[str | None]
     sha256: dict[str, Sha256]
     own_sha256: Sha256
+
+
+@with_config(EXACTLY)
+class WandbRecord(TypedDict):
+    """wandb.json, of training/wandb_run.py. iter: of the last row that wandb has, -1 where it has none. open_folder:
+    that wandb writes offline. A run that has ended has a summary, and the sha256 of its model's encore.json."""
+
+    id: str
+    project: str
+    iter: int
+    open_folder: NotRequired[str]
+    summary: NotRequired[dict[str, Any]]
+    model_sha256: NotRequired[Sha256]
 
 
 @with_config(EXACTLY)

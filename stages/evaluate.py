@@ -16,17 +16,19 @@ from encore.errors import EncoreError, run_stage
 from encore.evaluation.generate import generate
 from encore.evaluation.losses import SplitLoss, evaluate_split
 from encore.evaluation.tasks import run_tasks
-from encore.files import write_json, write_tsv, write_whole
+from encore.files import sha256_of, write_json, write_tsv, write_whole
 from encore.integrity import Verification
 from encore.models.architectures import Model
 from encore.notify import notify
 from encore.params import StageParams, load_params
 from encore.pipeline.stage_history import record_stage
+from encore.pretrained.init_from import RECORD
 from encore.pretrained.model_folder import load_model
 from encore.progress import Progress
 from encore.tokens.batches import Windows
 from encore.tokens.token_files import RANKS_FILE, WAY_OUT, TokenSplit, token_hashes
 from encore.tokens.tokenizer import load_tokenizer
+from encore.training.wandb_evaluation import send_evaluation
 from stages import STARTED
 
 TOKENS = Path("data/tokens")
@@ -82,8 +84,10 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
     if scores := run_tasks(params.evaluate_tasks, TASKS, MODEL, str(find_device())):
         result["task"] = scores
     write_json(METRICS, result)
-    write_whole(SAMPLES, as_markdown(params.start, write_samples(params, model)).encode())
+    samples = write_samples(params, model)
+    write_whole(SAMPLES, as_markdown(params.start, samples).encode())
     record_stage("evaluate", METRICS, STARTED)
+    send_evaluation(MODEL, sha256_of(MODEL / RECORD), result, params.start, samples)
     notify(f"eval loss {split_loss.loss:.4f}{precision}")
 
 

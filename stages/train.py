@@ -87,7 +87,11 @@ def train(params: StageParams, ranks: Ranks) -> None:
         trainer = prepare(params, checkpoints, ranks)
         if ranks.is_first:
             check_disk(trainer)
-        trainer.run(StopRequest())
+        try:
+            trainer.run(StopRequest())
+        except BaseException:
+            trainer.records.break_off()
+            raise
         model = trainer.whole_model()
         if ranks.is_first:
             write_results(trainer, model)
@@ -161,7 +165,7 @@ def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Tra
             "versions": find_versions(),
         }
         described = {**params.as_dict(), **hash_inputs(params), **about}
-        wandb_run = start_wandb(described, run_id=found.state["wandb_id"] if found else None)
+        wandb_run = start_wandb(described, checkpoints, resumed=found is not None)
     records = Records(METRICS, LOG, wandb_run, writes=ranks.is_first)
     # Once on each machine; the ranks there read the same files.
     hashes = token_hashes(TOKENS) if ranks.local_rank == 0 else {}
@@ -211,7 +215,7 @@ def write_results(trainer: Trainer, model: Model) -> None:
         save_model(folder, model, read_ranks_file(TOKENS), record)
         write_card(folder, record, summary)
     write_json(METRICS / "metrics.json", summary)
-    records.finish(summary)
+    records.finish(summary, sha256_of(MODEL / RECORD))
     losses = f"train loss {summary['train']['loss']:.4f}, val loss {summary['val']['loss']:.4f}"
     notify(f"ended at iteration {trainer.iter:,}, {losses}")
 

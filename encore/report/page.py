@@ -11,10 +11,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from encore.files import write_whole
+from encore.json_files import flatten
 from encore.progress import as_duration
 from encore.report import pipeline_graph, tables
 from encore.report.figures import datasets, figures
-from encore.report.results import Results, flatten, load_results, read_yaml
+from encore.report.results import Results, load_results, read_yaml
 from encore.report.revisions import WORKSPACE, Revision, find_revision
 from encore.report.summary import summary_rows
 from encore.report.vega import vega_script
@@ -74,7 +75,7 @@ def about_one(run: Results, revision: Revision) -> dict[str, Any]:
             read_yaml(revision, "dvc.yaml", Pipeline)["stages"], pipeline_graph.read_history()
         )
     return {
-        "evaluation": flatten(run.metrics["metrics/eval.json"]),
+        "evaluation": flatten(run.metrics["metrics/eval.json"], "."),
         "stages": stages,
         "graph": pipeline_graph.draw(stages) if stages else None,
     }

@@ -185,14 +185,6 @@ def split_samples(markdown: str) -> list[tuple[str, str]]:
     return [(heading, text) for heading, _, text in blocks]
 
 
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A mapping without mappings in it; keys joined by dots, as DVC shows them."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
-
-
 def hash_of(lock: dict[str, LockedStage], path: str) -> str | None:
     """The md5 under which DVC keeps an output."""
     outs = [out for stage in lock.values() for out in stage.get("outs", []) if out["path"] == path]

@@ -6,8 +6,9 @@ from typing import Any
 
 from encore.code import FOLDER
 from encore.errors import bring_back
+from encore.json_files import flatten
 from encore.pretrained.init_from import parse_record
-from encore.report.results import Results, check_lock, flatten, hash_of
+from encore.report.results import Results, check_lock, hash_of
 from encore.report.revisions import Revision, describe_commit
 from encore.report.summary import describe_peak, summary_numbers
 
@@ -64,7 +65,7 @@ def summary_differences(runs: list[Results]) -> list[dict[str, str]]:
 
 def metric_rows(runs: list[Results]) -> list[tuple[str, list[Any]]]:
     """Every metric by its name, with a value for each run."""
-    flat = [{key: value for file in run.metrics.values() for key, value in flatten(file).items()} for run in runs]
+    flat = [{key: value for file in run.metrics.values() for key, value in flatten(file, ".").items()} for run in runs]
     return [(key, [metrics.get(key) for metrics in flat]) for key in dict.fromkeys(key for one in flat for key in one)]
 
 

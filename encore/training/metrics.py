@@ -5,10 +5,12 @@ What must repeat bit for bit (losses, learning rate, gradient norm) and what a c
 """
 
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from encore.files import write_tsv, write_whole
+from encore.json_files import flatten
 from encore.progress import as_duration, print_line
 from encore.training.wandb_run import WandbRun
 
@@ -38,13 +40,17 @@ class Records:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        wandb_id = self._wandb.id if self._wandb else None
-        return {"rows": vars(self.rows), "lines": self.lines, "wandb_id": wandb_id}
+        return {"rows": vars(self.rows), "lines": self.lines}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes up the rows and lines of a checkpoint, and nothing that came after it."""
+        """Takes up the rows and lines of a checkpoint, and nothing that came after it. wandb is given those that it
+        lacks."""
         self.rows, self.lines = Rows(**state["rows"]), state["lines"]
         self._rewrite_log()
+        if self._wandb:
+            steps = [_step_row(*rows) for rows in zip(self.rows.train, self.rows.speed, strict=True)]
+            for row in sorted([*steps, *map(_eval_row, self.rows.eval)], key=itemgetter("iter")):
+                self._wandb.log(row)
 
     def say(self, line: str) -> None:
         """A line for the screen and for training.log."""
@@ -77,33 +83,29 @@ class Records:
         facts += [f"{as_duration(seconds_left)} left"] if seconds_left else []
         self.say(f"iter {train['iter']}/{max_iters}: {', '.join(facts)}")
         if self._wandb:
-            self._wandb.log(
-                {
-                    "iter": train["iter"],
-                    "lr": train["lr"],
-                    **({"mfu": speed["mfu"]} if "mfu" in speed else {}),
-                    "train/step_loss": train["loss"],
-                    "train/grad_norm": train["grad_norm"],
-                    "tokens_per_second": speed["tokens_per_second"],
-                }
-            )
+            self._wandb.log(_step_row(train, speed))
 
     def log_eval(self, row: dict[str, Any]) -> None:
         """The row of one evaluation."""
         self.rows.eval.append(row)
         self.say(f"iter {row['iter']}: train loss {row['train_loss']:.4f}, val loss {row['val_loss']:.4f}")
         if self._wandb:
-            self._wandb.log({"iter": row["iter"], "train/loss": row["train_loss"], "val/loss": row["val_loss"]})
+            self._wandb.log(_eval_row(row))
 
     def _rewrite_log(self) -> None:
         if self._writes:
             write_whole(self._log_path, "".join(line + "\n" for line in self.lines).encode())
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Publishes the curves and gives wandb the run's summary, nested keys joined by a slash."""
+    def finish(self, summary: dict[str, Any], model_sha256: str) -> None:
+        """Publishes the curves and gives wandb the run's summary. model_sha256: of the model's encore.json."""
         self.publish()
         if self._wandb:
-            self._wandb.finish(_flatten(summary))
+            self._wandb.finish(flatten(summary, "/"), model_sha256)
+
+    def break_off(self) -> None:
+        """Ends wandb's run as one that has not come to its end."""
+        if self._wandb:
+            self._wandb.end(exit_code=1)
 
     def publish(self) -> None:
         """Writes the curves as they are now: train.tsv, eval.tsv and speed.tsv."""
@@ -121,8 +123,18 @@ def thin(rows: list[dict[str, Any]], most: int = MOST_ROWS) -> list[dict[str, An
     return kept if not rows or kept[-1] is rows[-1] else [*kept, rows[-1]]
 
 
-def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in nested.items():
-        flat.update(_flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value})
-    return flat
+def _step_row(train: dict[str, Any], speed: dict[str, Any]) -> dict[str, Any]:
+    """What wandb is given of a logged step."""
+    return {
+        "iter": train["iter"],
+        "lr": train["lr"],
+        **({"mfu": speed["mfu"]} if "mfu" in speed else {}),
+        "train/step_loss": train["loss"],
+        "train/grad_norm": train["grad_norm"],
+        "tokens_per_second": speed["tokens_per_second"],
+    }
+
+
+def _eval_row(row: dict[str, Any]) -> dict[str, Any]:
+    """What wandb is given of an evaluation."""
+    return {"iter": row["iter"], "train/loss": row["train_loss"], "val/loss": row["val_loss"]}

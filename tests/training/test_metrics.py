@@ -11,16 +11,17 @@ from encore.training.metrics import MOST_ROWS, Records, thin
 class FakeRun:
     """Stands in for WandbRun."""
 
-    id = "abc123"
-
     def __init__(self):
-        self.history, self.summaries = [], []
+        self.history, self.summaries, self.exit_codes = [], [], []
 
     def log(self, values):
         self.history.append(values)
 
-    def finish(self, summary):
-        self.summaries.append(summary)
+    def finish(self, summary, model_sha256):
+        self.summaries.append((summary, model_sha256))
+
+    def end(self, exit_code):
+        self.exit_codes.append(exit_code)
 
 
 def make_records(folder, wandb_run=None):
@@ -141,7 +142,6 @@ def test_what_came_after_the_checkpoint_is_dropped_and_the_rest_is_as_if_undistu
 def test_wandb_is_given_the_same_numbers_and_a_flat_summary(tmp_path, capsys):
     run = FakeRun()
     records = make_records(tmp_path, run)
-    assert records.state()["wandb_id"] == "abc123"
     log_steps(records, 2, 2)
     assert run.history == [
         {
@@ -155,10 +155,22 @@ def test_wandb_is_given_the_same_numbers_and_a_flat_summary(tmp_path, capsys):
         {"iter": 2, "train/loss": 2.0, "val/loss": 2.5},
     ]
     assert run.summaries == []
-    records.finish({"iter": 2, "train": {"loss": 2.0}, "val": {"loss": 2.5, "deep": {"er": 1}}})
-    assert run.summaries == [{"iter": 2, "train/loss": 2.0, "val/loss": 2.5, "val/deep/er": 1}]
+    records.finish({"iter": 2, "train": {"loss": 2.0}, "val": {"loss": 2.5, "deep": {"er": 1}}}, "ab" * 32)
+    assert run.summaries == [({"iter": 2, "train/loss": 2.0, "val/loss": 2.5, "val/deep/er": 1}, "ab" * 32)]
     assert (tmp_path / "metrics" / "train.tsv").exists()
 
 
-def test_without_wandb_there_is_no_id(tmp_path):
-    assert make_records(tmp_path).state()["wandb_id"] is None
+def test_a_resumed_run_offers_wandb_the_rows_of_the_checkpoint_in_their_order(tmp_path, capsys):
+    whole, resumed = FakeRun(), FakeRun()
+    records = make_records(tmp_path, whole)
+    log_steps(records, 1, 4)
+    make_records(tmp_path, resumed).restore(json.loads(json.dumps(records.state())))
+    assert resumed.history == whole.history
+    assert [row["iter"] for row in resumed.history] == [1, 2, 2, 3, 4, 4]
+
+
+def test_a_run_that_is_broken_off_has_failed_at_wandb(tmp_path):
+    run = FakeRun()
+    make_records(tmp_path, run).break_off()
+    assert (run.exit_codes, run.summaries) == ([1], [])
+    make_records(tmp_path).break_off()  # nor does it need wandb
