@@ -17,15 +17,9 @@ from importlib import metadata
 from pathlib import Path
 
 from encore.download import hub, transfer
-from encore.download.local_files import (
-    PARQUET,
-    hash_files,
-    hash_names_and_contents,
-    list_files,
-    read_documents,
-    read_text,
-)
+from encore.download.local_files import hash_files, hash_names_and_contents, list_files
 from encore.download.raw_folder import Document, RawFolder, gather_row_groups, read_footer
+from encore.download.readers import COMPRESSIONS, PARQUET, read_documents, read_text
 from encore.download.retries import TransferError
 from encore.errors import EncoreError
 from encore.files import check_room, link_or_copy, sha256_of, write_whole
@@ -222,7 +216,7 @@ def _read_texts(waiting: deque[str], paths: dict[str, Path], key: str) -> Iterat
     """The documents of the text files at the head of `waiting`; each leaves it as its turn comes."""
     while waiting and not waiting[0].endswith(PARQUET):
         name = waiting.popleft()
-        yield from read_documents(paths[name], name, key)
+        yield from read_documents(paths[name], name, key, str(paths[name]))
 
 
 def _most_bytes(names: Iterable[str], paths: dict[str, Path], raw: RawFolder) -> int:
@@ -238,9 +232,9 @@ def _most_bytes(names: Iterable[str], paths: dict[str, Path], raw: RawFolder) ->
         if name.endswith(PARQUET):
             copied_bytes += file_bytes
             text_bytes += read_footer(paths[name], str(paths[name]), raw.text_column).text_bytes
-        elif name.endswith((".txt", ".jsonl")):
+        elif not name.endswith(COMPRESSIONS):
             plain_bytes += file_bytes
-            text_bytes += file_bytes if name.endswith(".txt") else 0  # how much of a .jsonl is text is not known
+            text_bytes += file_bytes if name.endswith(".txt") else 0  # how much of the others is text is not known
     return copied_bytes + min(plain_bytes, raw.wanted_text_bytes)
 
 
