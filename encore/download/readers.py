@@ -136,7 +136,7 @@ def _text_of(row: Any, where: str, key: str, unit: str) -> tuple[bytes, bool]:
 
 def _read_csv(pieces: Iterator[bytes], name: str, key: str, what: str, separator: str) -> Iterator[Document]:
     """The rows below the line that names the columns. In quotes, a cell may hold separators and ends of lines."""
-    csv.field_size_limit(DOCUMENT_BYTES)
+    csv.field_size_limit(DOCUMENT_BYTES)  # for the whole process; nothing else there has cells of such a length
     lines = _Lines(pieces, what)
     rows = csv.reader(lines, delimiter=separator)
     names: list[str] = []

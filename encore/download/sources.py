@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from encore.download import hub, transfer
 from encore.download.local_files import hash_files, hash_names_and_contents, list_files
@@ -244,13 +244,57 @@ def _most_bytes(names: Iterable[str], paths: dict[str, Path], raw: RawFolder) ->
 def _fetch_hub(place: str, commit: str, raw: RawFolder, wanted: Wanted, store: Path) -> None:
     data_set = hub.DataSet(place, commit, store)
     names = put_in_order(data_set.files, wanted)
+    raw.licence = data_set.licence
+    raw.source_files = len(names)
+    if not names[0].endswith(PARQUET):
+        _write_hub_texts(data_set, names, raw)
+        return
     footers = data_set.fetch_enough(names, raw.text_column, raw.wanted_text_bytes, raw.folder)
     for name, footer in footers.items():
         file = data_set.files[name]
         raw.take(file.path, name, footer, data_set.sha256[file], link_or_copy)
-    raw.licence = data_set.licence
-    raw.source_files = len(names)
     raw.whole_source = len(footers) == len(names)
+
+
+def _write_hub_texts(data_set: hub.DataSet, names: list[str], raw: RawFolder) -> None:
+    waiting = deque(names)
+    documents = _read_hub_texts(data_set, waiting, raw.text_column, raw.wanted_text_bytes)
+    raw.write(raw.until_full(gather_row_groups(documents)), PurePosixPath(names[0]).name.split(".")[0])
+    raw.whole_source = not waiting and next(documents, None) is None
+
+
+def _read_hub_texts(data_set: hub.DataSet, waiting: deque[str], key: str, wanted_text_bytes: int) -> Iterator[Document]:
+    """The documents of the files at the head of `waiting`; each leaves it as its turn comes. No file is begun behind
+    the one that completes the text that is wanted.
+
+    The first file is brought alone. What it holds tells how many more are needed for certain, by their sizes, and those
+    are brought together.
+    """
+    text_bytes = read_bytes = 0
+    while waiting and text_bytes < wanted_text_bytes:
+        most_bytes = (wanted_text_bytes - text_bytes) * read_bytes / max(text_bytes, 1)
+        names = _take_while_within(waiting, data_set, most_bytes)
+        data_set.bring(names)
+        for name in names:
+            if text_bytes >= wanted_text_bytes:
+                return
+            waiting.popleft()
+            file = data_set.files[name]
+            for document in read_documents(file.path, name, key, file.what):
+                text_bytes += len(document.text)
+                yield document
+            read_bytes += file.bytes
+
+
+def _take_while_within(names: Iterable[str], data_set: hub.DataSet, most_bytes: float) -> list[str]:
+    """The first of the files that together have at most so many bytes; one at least, FILES_AT_ONCE at most."""
+    taken: list[str] = []
+    for name in names:
+        most_bytes -= data_set.files[name].bytes
+        if taken and (most_bytes < 0 or len(taken) == transfer.FILES_AT_ONCE):
+            break
+        taken.append(name)
+    return taken
 
 
 def main() -> None:

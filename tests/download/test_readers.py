@@ -1,10 +1,11 @@
 """Formats of local files: the texts in data/raw are those that Hugging Face `datasets` reads from the same files."""
 
+import csv
 import gzip
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -110,9 +111,7 @@ def test_an_array_of_objects(start: str, fetch_folder: Path, by_datasets: Callab
     Path("b.json.zst").write_bytes(zstandard.compress(content.encode()))
     found = texts_of(fetch_folder, fetch_all("files:*.json*", fetch_folder))
     assert found == TEXTS * 2
-    Path("c.json").write_text(
-        content.lstrip("\ufeff \n\t")
-    )  # pandas, by which `datasets` reads it, takes no such start
+    Path("c.json").write_text(content.lstrip("\ufeff \n\t"))  # pandas, which reads it for `datasets`, needs that
     assert found == by_datasets("c.json") * 2
 
 
@@ -213,7 +212,7 @@ BROKEN = {
     "cut.json": (b'[{"text": "a"},\n', r"cut\.json is not JSON \(Expecting value\); mend it, or write a \.jsonl"),
     "key.json": (
         b'[{"text": "a"}, {"body": "b"}]',
-        r"key\.json, row 2 has no key 'text'; set text_column to one of body",
+        r"key\.json, row 2 has no key 'text'; set .* to one of body",
     ),
     "plain.json": (b'["a"]', r"plain\.json, row 1 has no key 'text'; mend the row"),
     "number.json": (b'[{"text": 7}]', r"number\.json, row 1: 'text' is 7 and not text; mend the row or text_column"),
@@ -226,7 +225,7 @@ BROKEN = {
     "cut2.arrow": (ARROW_FILE[:-100], r"cut2\.arrow is not a readable Arrow file \("),
     "utf8.arrow": (
         ARROW.replace(b"another", b"\xffnother"),
-        r"utf8\.arrow is not a readable Arrow file \(Invalid UTF8",
+        r"utf8\.arrow is not a readable Arrow file \(Invalid",
     ),
     "column.arrow": (
         arrow_bytes({"body": pa.array(["a"]), "text": pa.array([1])}),
@@ -248,17 +247,26 @@ def test_broken_files(name: str, fetch_folder: Path) -> None:
 
 def test_arrow_with_any_byte_wrong_gives_text_or_a_sentence(fetch_folder: Path) -> None:
     """Offsets that lead out of the file would be followed there: no crash, and no other exception."""
-    refused = 0
+    sentences: list[str] = []
     for place in range(0, len(ARROW), 3):
         Path("a.arrow").write_bytes(ARROW[:place] + bytes([ARROW[place] ^ 0x7F]) + ARROW[place + 1 :])
         try:
             list(readers.read_documents(Path("a.arrow"), "a.arrow", "text", "a.arrow"))
         except EncoreError as error:
-            refused += 1
-            assert "\n" not in str(error)
-    assert refused > 100
+            sentences.append(str(error))
+    assert len(sentences) > 100
+    assert not any("\n" in sentence for sentence in sentences)
 
 
+@pytest.fixture
+def _cells_unbounded() -> Iterator[None]:
+    """Afterwards, for the tests that follow: the bound is the process's."""
+    limit_bytes = readers.DOCUMENT_BYTES
+    yield
+    csv.field_size_limit(limit_bytes)
+
+
+@pytest.mark.usefixtures("_cells_unbounded")
 def test_what_is_read_as_a_whole_is_bounded(fetch_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "DOCUMENT_BYTES", 40)
     monkeypatch.setattr(readers, "READ_BYTES", 8)
@@ -283,7 +291,4 @@ def test_a_text_in_many_rows_is_in_memory_once(fetch_folder: Path) -> None:
     Path("a.arrow").write_bytes(arrow_bytes({"text": long}, rows=2_000))
     before = pa.total_allocated_bytes()
     documents = readers.read_documents(Path("a.arrow"), "a.arrow", "text", "a.arrow")
-    for number, document in enumerate(documents):
-        assert len(document.text) == 1_000_000
-        assert pa.total_allocated_bytes() - before < 20_000_000
-    assert number == 1_999
+    assert sum(len(document.text) for document in documents if pa.total_allocated_bytes() - before < 2e7) == 2e9
