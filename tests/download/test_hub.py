@@ -6,7 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +17,6 @@ from encore.download import transfer
 from encore.download.hub import DataSet
 from encore.download.raw_folder import RawFile, RawFolder
 from encore.download.sources import current_revision, fetch
-from encore.download.training_files import choose
 from encore.errors import EncoreError
 from tests.hub import ALWAYS, COMMIT, REPOSITORY, Fault, Hub, connected, serving
 from tests.text_sources import PLENTY, check_listed, parquet_bytes, sha256, texts_of, want
@@ -301,68 +300,3 @@ def test_newest_commit(hub: Hub) -> None:
     assert current_revision(f"hf:{REPOSITORY}") == COMMIT
     assert current_revision(f"hf:{REPOSITORY}/data") == COMMIT
     assert hub.requests == {"list newest": 2}
-
-
-def names_chosen(names: list[str], folder: str = "") -> list[str]:
-    paths = [PurePosixPath(name) for name in names]
-    return [str(path) for path in choose(paths, "o/n", PurePosixPath(folder))]
-
-
-def test_choice_of_files() -> None:
-    plain = ["README.md", "test-0.parquet", "train-1.parquet", "train-0.parquet", "train.csv"]
-    assert names_chosen(plain) == ["train-0.parquet", "train-1.parquet"]
-    assert names_chosen(["b.parquet", "a.parquet", "a.txt"]) == ["a.parquet", "b.parquet"]
-    assert names_chosen(["c/train/0.parquet", "c/test/0.parquet"]) == ["c/train/0.parquet"]
-    several = ["de/train-0.parquet", "en/train-0.parquet", "en/test-0.parquet", "english/train-0.parquet"]
-    assert names_chosen(several, "en") == ["en/train-0.parquet"]
-    with pytest.raises(EncoreError, match=r"training files in de, en, english; name .*hf:o/n/english$"):
-        names_chosen(several)
-    with pytest.raises(EncoreError, match=r"no files of text \(parquet, JSON, .*\); .*refs/convert/parquet"):
-        names_chosen(["train.zip", "README.md", "dataset_infos.json", ".gitattributes", "data/state.json"])
-    with pytest.raises(EncoreError, match=r"no files of text \(.*\) under fr; correct the folder"):
-        names_chosen(several, "fr")
-    with pytest.raises(EncoreError, match=r"in c00, c01,.* c09 and 2 more; "):
-        names_chosen([f"c{number:02d}/train.parquet" for number in range(12)])
-
-
-@pytest.mark.parametrize(
-    ("names", "folder", "chosen"),
-    [
-        (
-            ["en/c4-train.00001-of-2.json.gz", "en/c4-train.00000-of-2.json.gz", "en/c4-validation.0-of-1.json.gz"],
-            "",
-            2,
-        ),
-        (["train.jsonl", "dev.jsonl", "LICENSE.txt", "requirements.txt"], "", 1),
-        (["data/a_training_set.csv", "data/b.csv"], "", 1),
-        (
-            ["c/train/x.arrow", "c/train/dataset_info.json", "c/train/state.json", "c/dataset_dict.json", "c/a.arrow"],
-            "",
-            1,
-        ),
-        (["b.txt", "a.txt", "a-valid.txt", "test_a.txt", "val.txt", "my.eval.txt", "dev/a.txt", "testing.txt"], "", 2),
-        (["devices.txt", "contest.txt", "evaluate.txt"], "", 3),  # no word of these is a split's
-        (["constrained.tsv.zst", "a.tsv", "b.csv"], "", 3),
-        (["x/a.ndjson", "x/b.json", "x/c.jsonl.zst", "README.md"], "", 3),
-        (["test/x/a.jsonl", "test/x/test.jsonl"], "test", 1),  # a folder that is named is meant
-        (["de/a.csv", "en/b.csv", "en/c.csv"], "en", 2),
-        (["train.jsonl", "train.parquet", "data.csv"], "", 1),
-        (["x.parquet", "train/train.jsonl"], "", 1),
-    ],
-)
-def test_choice_of_other_files(names: list[str], folder: str, chosen: int) -> None:
-    """The first of the names, sorted."""
-    expected = sorted(names[:chosen]) if "train.parquet" not in names else ["train.parquet"]
-    assert names_chosen(names, folder) == expected
-
-
-def test_choices_that_the_user_must_make() -> None:
-    several = (
-        r"of several kinds \(Arrow in \., CSV in c, JSON in a, text in b\); name .* hf:o/n/FOLDER, or copy .* files:"
-    )
-    with pytest.raises(EncoreError, match=several):
-        names_chosen(["a/x.jsonl", "b/x.txt", "c/y.csv", "x.arrow"])
-    with pytest.raises(EncoreError, match=r"training files in en, en\.noblocklist; name .* hf:o/n/en\.noblocklist$"):
-        names_chosen(["en/c4-train.0.json.gz", "en.noblocklist/c4-train.0.json.gz", "multilingual/c4-af.0.json.gz"])
-    with pytest.raises(EncoreError, match=r"only files of other splits, such as dev\.jsonl; name another .* files:$"):
-        names_chosen(["test.jsonl", "dev.jsonl"])
