@@ -115,7 +115,7 @@ class DataSet:
 
     def bring(self, names: list[str]) -> None:
         """Brings these files into the store, whatever their format."""
-        self._check_room(names, self.store)
+        self._check_room(names)
         self._bring(names)
 
     def _choose_enough(self, names: list[str], text_column: str, wanted_text_bytes: int) -> dict[str, Footer]:
@@ -130,7 +130,7 @@ class DataSet:
             read = partial(self._read_footer, text_column=text_column, stopping=threads.stopping)
             for name, footer in zip(names, threads.map(read, names), strict=False):
                 if footer is None:
-                    self._check_room([name], self.store)
+                    self._check_room([name])
                     self._bring([name])
                     footer = self._read_kept_footer(name, text_column)
                 footers[name] = footer
@@ -164,15 +164,15 @@ class DataSet:
         file = self.files[name]
         return read_footer(file.path, file.what, text_column)
 
-    def _check_room(self, names: list[str], target: Path) -> None:
+    def _check_room(self, names: list[str], target: Path | None = None) -> None:
+        """target: the folder that will have the files as links or copies, where there is one."""
         files = [self.files[name] for name in names]
         self.store.mkdir(parents=True, exist_ok=True)
         missing_bytes = sum(file.bytes - file.partial_bytes for file in files if not self._is_kept(file))
-        copied_bytes = 0 if can_link(self.store, target) else sum(file.bytes for file in files)
-        check_room(
-            [(self.store, missing_bytes), (target, copied_bytes)],
-            "make room, set ENCORE_SCRATCH to a folder on a larger disk, or lower token_cap",
-        )
+        writes = [(self.store, missing_bytes)]
+        if target and not can_link(self.store, target):
+            writes.append((target, sum(file.bytes for file in files)))
+        check_room(writes, "make room, set ENCORE_SCRATCH to a folder on a larger disk, or lower token_cap")
 
     def _bring(self, names: list[str]) -> None:
         files = [self.files[name] for name in names]
