@@ -15,6 +15,7 @@ import zstandard
 
 from encore.download import readers
 from encore.errors import EncoreError
+from tests.conftest import ROOT
 from tests.text_sources import fetch_all, texts_of
 
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
@@ -190,6 +191,64 @@ def test_null_is_a_document_without_text(fetch_folder: Path, by_datasets: Callab
     Path("a.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
     found = texts_of(fetch_folder, fetch_all("files:a.jsonl", fetch_folder))
     assert found == by_datasets("a.jsonl") == ["a", "", "b"]
+
+
+# By the words of docs/own-text.md: a file, the texts that Encore finds or its message, and those of `datasets`, if any.
+DIFFERENCES = {
+    "a .txt": (".txt", b"two\r\nlines", ["two\r\nlines"], ["two", "lines"]),
+    "a column of numbers such as `007` in a .csv": (".csv", b"id,text\n1,007\n2,1.50\n", ["007", "1.50"], [7, 1.5]),
+    "a cell `NA` or `null` of a .csv": (
+        ".csv",
+        b"id,text\n1,a\n2,NA\n3,null\n",
+        ["a", "NA", "null"],
+        ["a", None, None],
+    ),
+    "a row of a .csv with too few cells": (".csv", b"id,text\n1,a\n2\n", "line 3 ends a row of 1 cells", ["a", None]),
+    "a line of a .jsonl without the key": (
+        ".jsonl",
+        b'{"text": "a", "id": 1}\n{"id": 2}\n',
+        "line 2 has no key 'text'",
+        ["a", None],
+    ),
+    "half a surrogate pair in JSON": (".jsonl", b'{"text": "\\ud800"}\n', ["\ufffd"], None),
+    "a byte-order mark before a later line of a .jsonl": (
+        ".jsonl",
+        b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n',
+        ["a", "b"],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("file", DIFFERENCES)
+@pytest.mark.usefixtures("by_datasets")
+def test_where_datasets_reads_something_else(file: str, fetch_folder: Path) -> None:
+    ending, content, ours, theirs = DIFFERENCES[file]
+    name = f"a{ending}"
+    Path(name).write_bytes(content)
+    kind = KINDS.get(ending, "text")
+    if isinstance(ours, str):
+        with pytest.raises(EncoreError, match=ours):
+            fetch_all(f"files:{name}", fetch_folder)
+    else:
+        assert texts_of(fetch_folder, fetch_all(f"files:{name}", fetch_folder)) == ours
+
+    def read() -> list:
+        rows = datasets.load_dataset(kind, data_files=[name], split="train", streaming=True)
+        return [row["text"] for row in rows]
+
+    if theirs is None:
+        with pytest.raises(pa.ArrowInvalid):
+            read()
+    else:
+        assert read() == theirs
+
+
+def test_the_table_of_differences_is_the_one_tested() -> None:
+    page = (ROOT / "docs/own-text.md").read_text()
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in page.split("\n") if line.count(" | ") == 2]
+    first = rows.index("file")
+    assert rows[first + 1 : first + 1 + len(DIFFERENCES)] == list(DIFFERENCES)
 
 
 ARROW = arrow_bytes({"text": pa.array(["a text", "and another"] * 50)}, rows=10)
