@@ -267,8 +267,7 @@ def _read_hub_texts(data_set: hub.DataSet, waiting: deque[str], key: str, wanted
     """The documents of the files at the head of `waiting`; each leaves it as its turn comes. No file is begun behind
     the one that completes the text that is wanted.
 
-    The first file is brought alone. What it holds tells how many more are needed for certain, by their sizes, and those
-    are brought together.
+    The first file is brought alone. By the text for its size, so many more are brought together as seem to be needed.
     """
     text_bytes = read_bytes = 0
     while waiting and text_bytes < wanted_text_bytes:

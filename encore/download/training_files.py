@@ -27,7 +27,7 @@ def choose(paths: list[PurePosixPath], repository: str, folder: PurePosixPath) -
     """
     within = [path for path in paths if path.is_relative_to(folder)]
     parquet = [path for path in within if path.suffix == PARQUET]
-    others = [path for path in within if ending_of(path.name) and path.name not in NO_TEXT]
+    others = [path for path in within if _may_hold_text(path)]
     where = "" if folder == PurePosixPath() else f" under {folder}"
     if not parquet + others:
         raise EncoreError(
@@ -45,8 +45,16 @@ def choose(paths: list[PurePosixPath], repository: str, folder: PurePosixPath) -
             "set or folder, or copy the files that you mean and name them as files:"
         )
     _check_kinds(chosen, repository)
+    if not parquet:
+        _check_once(chosen, repository)
     _check_folders(chosen, repository)
     return sorted(chosen, key=str)
+
+
+def _may_hold_text(path: PurePosixPath) -> bool:
+    """Whether a file that is no parquet can be read, and its name or folder is none that `datasets` passes by."""
+    hidden = any(part.startswith((".", "__")) for part in path.parts)
+    return ending_of(path.name) is not None and path.name not in NO_TEXT and not hidden
 
 
 def _is_named_train(path: PurePosixPath) -> bool:
@@ -76,6 +84,19 @@ def _check_kinds(chosen: list[PurePosixPath], repository: str) -> None:
 
 def _kind_of(path: PurePosixPath) -> str:
     return "parquet" if path.suffix == PARQUET else KINDS.get(ending_of(path.name) or "", "JSON")
+
+
+def _check_once(chosen: list[PurePosixPath], repository: str) -> None:
+    """Raises EncoreError where a file is there in two forms: a document could be in both splits then."""
+    by_stem: dict[str, str] = {}
+    for path in map(str, chosen):
+        stem = path.rpartition(str(ending_of(path)))[0]
+        if stem in by_stem:
+            raise EncoreError(
+                f"dataset: hf:{repository} has {by_stem[stem]} and {path}, which may be the same text; copy the files "
+                "that you mean and name them as files:"
+            )
+        by_stem[stem] = path
 
 
 def _check_folders(chosen: list[PurePosixPath], repository: str) -> None:

@@ -43,6 +43,9 @@ def test_choice_of_files() -> None:
         ("x/a.ndjson x/b.json x/c.jsonl.zst", ""),
         ("train.parquet", "train.jsonl data.csv"),
         ("x.parquet", "train/train.jsonl"),
+        ("a.json-0.json a.json-1.json", ""),
+        ("a.parquet-0.parquet a.parquet-1.parquet", "a.jsonl"),
+        ("a.jsonl", ".cache/a.jsonl __pycache__/b.jsonl .a.jsonl"),
     ],
 )
 def test_choice_among_formats(chosen: str, others: str) -> None:
@@ -56,6 +59,9 @@ def test_a_folder_that_is_named_is_meant() -> None:
 
 
 def test_choices_that_the_user_must_make() -> None:
+    with pytest.raises(EncoreError, match=r"has a/x\.jsonl and a/x\.json\.gz, which may be the same text; copy"):
+        names_chosen(["a/x.jsonl", "a/x.json.gz", "a/y.jsonl"])
+    assert names_chosen(["a.b.jsonl", "a.c.jsonl"]) == ["a.b.jsonl", "a.c.jsonl"]
     several = (
         r"of several kinds \(Arrow in \., CSV in c, JSON in a, text in b\); name .* hf:o/n/FOLDER, or copy .* files:"
     )
