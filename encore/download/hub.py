@@ -17,6 +17,7 @@ import pyarrow as pa
 from encore.download import transfer
 from encore.download.raw_folder import BrokenParquet, Footer, check_footer_size, read_footer
 from encore.download.retries import TransferError, Trouble, persist
+from encore.download.training_files import choose
 from encore.download.transfer import RemoteFile
 from encore.errors import EncoreError
 from encore.files import can_link, check_room
@@ -89,9 +90,10 @@ class DataSet:
         self.licence = listing.licence
         self.headers = _build_headers()
         self.store = store / repository.replace("/", "--") / commit
+        listed = {file.path: file for file in listing.files}
         self.files = {
-            str(file.path): _remote(repository, commit, file, self.store, "dataset")
-            for file in choose(listing.files, repository, folder)
+            str(path): _remote(repository, commit, listed[path], self.store, "dataset")
+            for path in choose(list(listed), repository, folder)
         }
         self.sha256: dict[RemoteFile, str] = {}  # of those that are known to be whole in the store
 
@@ -111,6 +113,11 @@ class DataSet:
                 return footers
             # A footer that was read alone was a damaged one. Those of whole files are checked, so choose by them.
 
+    def bring(self, names: list[str]) -> None:
+        """Brings these files into the store, whatever their format."""
+        self._check_room(names)
+        self._bring(names)
+
     def _choose_enough(self, names: list[str], text_column: str, wanted_text_bytes: int) -> dict[str, Footer]:
         """The shortest run of the files that holds enough text, known by footers: a few are asked for ahead."""
         footers: dict[str, Footer] = {}
@@ -123,7 +130,7 @@ class DataSet:
             read = partial(self._read_footer, text_column=text_column, stopping=threads.stopping)
             for name, footer in zip(names, threads.map(read, names), strict=False):
                 if footer is None:
-                    self._check_room([name], self.store)
+                    self._check_room([name])
                     self._bring([name])
                     footer = self._read_kept_footer(name, text_column)
                 footers[name] = footer
@@ -136,9 +143,7 @@ class DataSet:
     def _read_footer(self, name: str, text_column: str, stopping: threading.Event) -> Footer | None:
         """A file's footer, without its text; None where only the whole file can tell."""
         file = self.files[name]
-        if file not in self.sha256 and (sha256 := transfer.find_whole(file)):
-            self.sha256[file] = sha256
-        if file in self.sha256:
+        if self._is_kept(file):
             return self._read_kept_footer(name, text_column)
         tail = transfer.read_tail(file, min(TAIL_BYTES, file.bytes), self.headers, stopping)
         try:
@@ -149,50 +154,31 @@ class DataSet:
         except BrokenParquet:  # by the way here perhaps: nothing has checked these bytes
             return None
 
+    def _is_kept(self, file: RemoteFile) -> bool:
+        """Whether the store has the whole file. It is hashed once for that."""
+        if file not in self.sha256 and (sha256 := transfer.find_whole(file)):
+            self.sha256[file] = sha256
+        return file in self.sha256
+
     def _read_kept_footer(self, name: str, text_column: str) -> Footer:
         file = self.files[name]
         return read_footer(file.path, file.what, text_column)
 
-    def _check_room(self, names: list[str], target: Path) -> None:
+    def _check_room(self, names: list[str], target: Path | None = None) -> None:
+        """target: the folder that will have the files as links or copies, where there is one."""
         files = [self.files[name] for name in names]
         self.store.mkdir(parents=True, exist_ok=True)
-        missing_bytes = sum(file.bytes - file.partial_bytes for file in files if file not in self.sha256)
-        copied_bytes = 0 if can_link(self.store, target) else sum(file.bytes for file in files)
-        check_room(
-            [(self.store, missing_bytes), (target, copied_bytes)],
-            "make room, set ENCORE_SCRATCH to a folder on a larger disk, or lower token_cap",
-        )
+        missing_bytes = sum(file.bytes - file.partial_bytes for file in files if not self._is_kept(file))
+        writes = [(self.store, missing_bytes)]
+        if target and not can_link(self.store, target):
+            writes.append((target, sum(file.bytes for file in files)))
+        check_room(writes, "make room, set ENCORE_SCRATCH to a folder on a larger disk, or lower token_cap")
 
     def _bring(self, names: list[str]) -> None:
         files = [self.files[name] for name in names]
         if any(file not in self.sha256 for file in files):
             with _failing_plainly():
                 self.sha256.update(zip(files, transfer.bring(files, self.headers, self.sha256), strict=True))
-
-
-def choose(files: list[HubFile], repository: str, folder: PurePosixPath) -> list[HubFile]:
-    """The parquet files under `folder` that are named train or lie in a folder named train; all, if none do.
-
-    Raises EncoreError where there are none, and where they lie in several folders, as several configurations do:
-    to mix them must be a choice.
-    """
-    parquet = [file for file in files if file.path.suffix == ".parquet" and file.path.is_relative_to(folder)]
-    train = [file for file in parquet if file.path.name.startswith("train") or "train" in file.path.parent.parts]
-    chosen = sorted(train or parquet, key=lambda file: str(file.path))
-    folders = sorted({str(file.path.parent) for file in chosen})
-    if not folders:
-        where = "" if folder == PurePosixPath() else f" under {folder}"
-        raise EncoreError(
-            f"dataset: hf:{repository} has no parquet files{where}; correct the folder, or set dataset_revision to the "
-            "commit of the branch refs/convert/parquet, where the Hub keeps parquet copies of most data sets"
-        )
-    if len(folders) > 1:
-        more = f" and {len(folders) - 10} more" if len(folders) > 10 else ""
-        raise EncoreError(
-            f"dataset: hf:{repository} has training files in {', '.join(folders[:10])}{more}; name the one that you "
-            f"mean, for instance hf:{repository}/{folders[-1]}"
-        )
-    return chosen
 
 
 def _split(place: str) -> tuple[str, PurePosixPath]:

@@ -140,14 +140,14 @@ def read_footer(file: Path | pa.BufferReader, what: str, text_column: str) -> Fo
     paths = {column.path: column.name for column in footer.schema if column.logical_type.type == "STRING"}
     strings = [path for path, name in paths.items() if path == name]  # those in lists and structs have longer paths
     if text_column not in strings:
-        raise EncoreError(f"{what} has no column of strings named {text_column!r}; {_way_to_text(strings, [*paths])}")
+        raise EncoreError(f"{what} has no column of strings named {text_column!r}; {way_to_text(strings, [*paths])}")
     index = [column.path for column in footer.schema].index(text_column)
     groups = (footer.row_group(group).column(index) for group in range(footer.num_row_groups))
     return Footer(footer.num_rows, sum(column.total_uncompressed_size for column in groups))
 
 
-def _way_to_text(strings: list[str], nested: list[str]) -> str:
-    """strings: columns that could serve. nested: those within others."""
+def way_to_text(strings: list[str], nested: list[str]) -> str:
+    """What to do where a file has no such column. strings: columns that could serve. nested: those within others."""
     if strings:
         return f"set text_column to one of {', '.join(strings)}"
     if nested:

@@ -14,18 +14,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from encore.download import hub, transfer
-from encore.download.local_files import (
-    PARQUET,
-    hash_files,
-    hash_names_and_contents,
-    list_files,
-    read_documents,
-    read_text,
-)
+from encore.download.local_files import hash_files, hash_names_and_contents, list_files
 from encore.download.raw_folder import Document, RawFolder, gather_row_groups, read_footer
+from encore.download.readers import COMPRESSIONS, PARQUET, read_documents, read_text
 from encore.download.retries import TransferError
 from encore.errors import EncoreError
 from encore.files import check_room, link_or_copy, sha256_of, write_whole
@@ -222,7 +216,7 @@ def _read_texts(waiting: deque[str], paths: dict[str, Path], key: str) -> Iterat
     """The documents of the text files at the head of `waiting`; each leaves it as its turn comes."""
     while waiting and not waiting[0].endswith(PARQUET):
         name = waiting.popleft()
-        yield from read_documents(paths[name], name, key)
+        yield from read_documents(paths[name], name, key, str(paths[name]))
 
 
 def _most_bytes(names: Iterable[str], paths: dict[str, Path], raw: RawFolder) -> int:
@@ -238,9 +232,9 @@ def _most_bytes(names: Iterable[str], paths: dict[str, Path], raw: RawFolder) ->
         if name.endswith(PARQUET):
             copied_bytes += file_bytes
             text_bytes += read_footer(paths[name], str(paths[name]), raw.text_column).text_bytes
-        elif name.endswith((".txt", ".jsonl")):
+        elif not name.endswith(COMPRESSIONS):
             plain_bytes += file_bytes
-            text_bytes += file_bytes if name.endswith(".txt") else 0  # how much of a .jsonl is text is not known
+            text_bytes += file_bytes if name.endswith(".txt") else 0  # how much of the others is text is not known
     return copied_bytes + min(plain_bytes, raw.wanted_text_bytes)
 
 
@@ -250,13 +244,56 @@ def _most_bytes(names: Iterable[str], paths: dict[str, Path], raw: RawFolder) ->
 def _fetch_hub(place: str, commit: str, raw: RawFolder, wanted: Wanted, store: Path) -> None:
     data_set = hub.DataSet(place, commit, store)
     names = put_in_order(data_set.files, wanted)
+    raw.licence = data_set.licence
+    raw.source_files = len(names)
+    if not names[0].endswith(PARQUET):
+        _write_hub_texts(data_set, names, raw)
+        return
     footers = data_set.fetch_enough(names, raw.text_column, raw.wanted_text_bytes, raw.folder)
     for name, footer in footers.items():
         file = data_set.files[name]
         raw.take(file.path, name, footer, data_set.sha256[file], link_or_copy)
-    raw.licence = data_set.licence
-    raw.source_files = len(names)
     raw.whole_source = len(footers) == len(names)
+
+
+def _write_hub_texts(data_set: hub.DataSet, names: list[str], raw: RawFolder) -> None:
+    waiting = deque(names)
+    documents = _read_hub_texts(data_set, waiting, raw.text_column, raw.wanted_text_bytes)
+    raw.write(raw.until_full(gather_row_groups(documents)), PurePosixPath(names[0]).name.split(".")[0])
+    raw.whole_source = not waiting and next(documents, None) is None
+
+
+def _read_hub_texts(data_set: hub.DataSet, waiting: deque[str], key: str, wanted_text_bytes: int) -> Iterator[Document]:
+    """The documents of the files at the head of `waiting`; each leaves it as its turn comes. No file is begun behind
+    the one that completes the text that is wanted.
+
+    The first file is brought alone. By the text for its size, so many more are brought together as seem to be needed.
+    """
+    text_bytes = read_bytes = 0
+    while waiting and text_bytes < wanted_text_bytes:
+        most_bytes = (wanted_text_bytes - text_bytes) * read_bytes / max(text_bytes, 1)
+        names = _take_while_within(waiting, data_set, most_bytes)
+        data_set.bring(names)
+        for name in names:
+            if text_bytes >= wanted_text_bytes:
+                return
+            waiting.popleft()
+            file = data_set.files[name]
+            for document in read_documents(file.path, name, key, file.what):
+                text_bytes += len(document.text)
+                yield document
+            read_bytes += file.bytes
+
+
+def _take_while_within(names: Iterable[str], data_set: hub.DataSet, most_bytes: float) -> list[str]:
+    """The first of the files that together have at most so many bytes; one at least, FILES_AT_ONCE at most."""
+    taken: list[str] = []
+    for name in names:
+        most_bytes -= data_set.files[name].bytes
+        if taken and (most_bytes < 0 or len(taken) == transfer.FILES_AT_ONCE):
+            break
+        taken.append(name)
+    return taken
 
 
 def main() -> None:

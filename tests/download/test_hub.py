@@ -6,7 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +14,7 @@ import pytest
 from encore import files
 from encore.download import hub as hub_module
 from encore.download import transfer
-from encore.download.hub import DataSet, HubFile, choose
+from encore.download.hub import DataSet
 from encore.download.raw_folder import RawFile, RawFolder
 from encore.download.sources import current_revision, fetch
 from encore.errors import EncoreError
@@ -300,25 +300,3 @@ def test_newest_commit(hub: Hub) -> None:
     assert current_revision(f"hf:{REPOSITORY}") == COMMIT
     assert current_revision(f"hf:{REPOSITORY}/data") == COMMIT
     assert hub.requests == {"list newest": 2}
-
-
-def names_chosen(names: list[str], folder: str = "") -> list[str]:
-    files = [HubFile(PurePosixPath(name), "", "", 1) for name in names]
-    return [str(file.path) for file in choose(files, "o/n", PurePosixPath(folder))]
-
-
-def test_choice_of_files() -> None:
-    plain = ["README.md", "test-0.parquet", "train-1.parquet", "train-0.parquet", "train.csv"]
-    assert names_chosen(plain) == ["train-0.parquet", "train-1.parquet"]
-    assert names_chosen(["b.parquet", "a.parquet", "a.txt"]) == ["a.parquet", "b.parquet"]
-    assert names_chosen(["c/train/0.parquet", "c/test/0.parquet"]) == ["c/train/0.parquet"]
-    several = ["de/train-0.parquet", "en/train-0.parquet", "en/test-0.parquet", "english/train-0.parquet"]
-    assert names_chosen(several, "en") == ["en/train-0.parquet"]
-    with pytest.raises(EncoreError, match=r"training files in de, en, english; name .*hf:o/n/english$"):
-        names_chosen(several)
-    with pytest.raises(EncoreError, match=r"no parquet files; .*refs/convert/parquet"):
-        names_chosen(["train.csv"])
-    with pytest.raises(EncoreError, match="no parquet files under fr; correct the folder"):
-        names_chosen(several, "fr")
-    with pytest.raises(EncoreError, match=r"in c00, c01,.* c09 and 2 more; "):
-        names_chosen([f"c{number:02d}/train.parquet" for number in range(12)])

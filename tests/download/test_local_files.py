@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from encore.download import local_files, raw_folder
-from encore.download.local_files import list_files, read_documents
+from encore.download import raw_folder, readers
+from encore.download.local_files import list_files
+from encore.download.readers import read_documents
 from encore.download.sources import current_revision, fetch
 from encore.errors import EncoreError
 from tests.conftest import ROOT
@@ -49,9 +50,9 @@ def test_pieces_and_lines_meet_anywhere(fetch_folder: Path, monkeypatch: pytest.
     Path("b.jsonl.gz").write_bytes(gzip.compress(lines))
     Path("c.jsonl.zst").write_bytes(b"".join(zstandard.compress(line) for line in lines.splitlines(keepends=True)))
     for read_bytes in (1, 2, 7, 4096):
-        monkeypatch.setattr(local_files, "READ_BYTES", read_bytes)
+        monkeypatch.setattr(readers, "READ_BYTES", read_bytes)
         for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
-            assert [document.text.decode() for document in read_documents(Path(name), name, "text")] == expected
+            assert [document.text.decode() for document in read_documents(Path(name), name, "text", name)] == expected
 
 
 def test_zstd_with_a_long_window(fetch_folder: Path) -> None:
@@ -165,12 +166,12 @@ def test_a_byte_order_mark_is_dropped_and_counted(fetch_folder: Path) -> None:
 LONG_LINE = """
 import json
 from pathlib import Path
-from encore.download import local_files
-local_files.READ_BYTES = 64
+from encore.download import readers
+readers.READ_BYTES = 64
 text = "x" * 16_000_000
 Path("a.jsonl").write_text('{"text": "first"}\\n' + json.dumps({"text": text}))
-documents = [document.text.decode() for document in local_files.read_documents(Path("a.jsonl"), "a.jsonl", "text")]
-assert documents == ["first", text]
+documents = readers.read_documents(Path("a.jsonl"), "a.jsonl", "text", "a.jsonl")
+assert [document.text.decode() for document in documents] == ["first", text]
 """
 
 
@@ -186,13 +187,13 @@ def test_memory_of_compressed_text_is_bounded(fetch_folder: Path) -> None:
     Path("a.txt.zst").write_bytes(zstandard.compress(text))
     Path("a.txt.gz").write_bytes(gzip.compress(text, 1))
     for name in ("a.txt.zst", "a.txt.gz"):
-        sizes = [len(piece) for piece in local_files._read_pieces(Path(name))]
+        sizes = [len(piece) for piece in readers._read_pieces(Path(name), name)]
         assert sum(sizes) == len(text)
         assert max(sizes) <= 2**26
 
 
 def test_too_long_a_document_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_files, "DOCUMENT_BYTES", 10)
+    monkeypatch.setattr(readers, "DOCUMENT_BYTES", 10)
     read: list[bytes] = []
 
     def pieces():
@@ -201,12 +202,12 @@ def test_too_long_a_document_is_refused_before_it_is_read(monkeypatch: pytest.Mo
             yield read[-1]
 
     with pytest.raises(EncoreError, match="it is longer than a document may be, 10 bytes"):
-        local_files._join(pieces(), "it")
+        readers._join(pieces(), "it")
     with pytest.raises(EncoreError, match="it, line 1 is longer than a document may be"):
-        list(local_files._split_lines(pieces(), Path("it")))
+        list(readers._split_lines(pieces(), "it"))
     assert len(read) == 3 + 3
     with pytest.raises(EncoreError, match="it, line 3 is longer than a document may be"):
-        list(local_files._split_lines(iter([b"a\n", b"b\nc", b"defghijklmnop"]), Path("it")))
+        list(readers._split_lines(iter([b"a\n", b"b\nc", b"defghijklmnop"]), "it"))
 
 
 ZSTD = zstandard.compress(os.urandom(3_000))
@@ -218,7 +219,7 @@ BROKEN = {
     "deep.jsonl": (b"[" * 100_000, r"deep\.jsonl, line 1 is not JSON \(maximum recursion"),
     "key.jsonl": (b'{"body": "a", "id": 1}\n', r"line 1 has no key 'text'; set text_column to one of body, id"),
     "list.jsonl": (b"[1]\n", r"list\.jsonl, line 1 has no key 'text'; mend the line"),
-    "null.jsonl": (b'{"text": null}\n', r"null\.jsonl, line 1: 'text' is null and not text"),
+    "number.jsonl": (b'{"text": 1}\n', r"number\.jsonl, line 1: 'text' is 1 and not text"),
     "empty.jsonl": (b"\n\n", r"files:empty\.jsonl at \w{64} holds no documents"),
     "junk.txt.gz": (b"not gzip", r"junk\.txt\.gz is damaged \(Not a gzipped file"),
     "cut.txt.gz": (gzip.compress(os.urandom(3_000))[:-9], r"cut\.txt\.gz is damaged \(Compressed file ended"),
@@ -232,7 +233,7 @@ BROKEN = {
         parquet_bytes(["a"], "body"),
         r"no column of strings named 'text'; set text_column to one of body$",
     ),
-    "a.csv": (b"text\na\n", r"files:a\.csv finds a\.csv, which is none of \.txt, \.jsonl"),
+    "a.xml": (b"<a>", r"files:a\.xml finds a\.xml, which is none of \.txt, \.jsonl, .* and \.parquet; narrow"),
 }
 
 
@@ -264,7 +265,7 @@ def test_a_bracket_in_a_name_is_told_of(fetch_folder: Path) -> None:
 
 
 def test_too_long_a_document(fetch_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_files, "DOCUMENT_BYTES", 10)
+    monkeypatch.setattr(readers, "DOCUMENT_BYTES", 10)
     Path("a.txt").write_bytes(b"0123456789")
     Path("b.txt").write_bytes(b"0123456789\n")
     assert fetch_all("files:a.txt", fetch_folder)[0].documents == 1
