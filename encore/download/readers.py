@@ -197,7 +197,7 @@ def _read_arrow(path: Path, name: str, key: str, what: str) -> Iterator[Document
                 column.validate(full=True)  # offsets that lead elsewhere would be followed
                 for value in column:
                     yield Document(_text_of_value(value, what), name)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of these in the name of a column
         if isinstance(error, OSError) and error.errno:
             raise
         reason = str(error).splitlines()[0].rstrip(".")

@@ -44,8 +44,8 @@ def choose(paths: list[PurePosixPath], repository: str, folder: PurePosixPath) -
             f"dataset: hf:{repository} has only files of other splits{where}, such as {min(others)}; name another data "
             "set or folder, or copy the files that you mean and name them as files:"
         )
-    _check_kinds(chosen, repository)
     if not parquet:
+        _check_kinds(chosen, repository)
         _check_once(chosen, repository)
     _check_folders(chosen, repository)
     return sorted(chosen, key=str)
@@ -83,7 +83,7 @@ def _check_kinds(chosen: list[PurePosixPath], repository: str) -> None:
 
 
 def _kind_of(path: PurePosixPath) -> str:
-    return "parquet" if path.suffix == PARQUET else KINDS.get(ending_of(path.name) or "", "JSON")
+    return KINDS.get(str(ending_of(path.name)), "JSON")
 
 
 def _check_once(chosen: list[PurePosixPath], repository: str) -> None:

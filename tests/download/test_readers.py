@@ -304,11 +304,12 @@ def test_broken_files(name: str, fetch_folder: Path) -> None:
     assert len(str(error.value)) < 400
 
 
-def test_arrow_with_any_byte_wrong_gives_text_or_a_sentence(fetch_folder: Path) -> None:
+@pytest.mark.parametrize("content", [ARROW, ARROW_FILE])
+def test_arrow_with_any_byte_wrong_gives_text_or_a_sentence(content: bytes, fetch_folder: Path) -> None:
     """Offsets that lead out of the file would be followed there: no crash, and no other exception."""
     sentences: list[str] = []
-    for place in range(0, len(ARROW), 3):
-        Path("a.arrow").write_bytes(ARROW[:place] + bytes([ARROW[place] ^ 0x7F]) + ARROW[place + 1 :])
+    for place in range(0, len(content), 3):
+        Path("a.arrow").write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
         try:
             list(readers.read_documents(Path("a.arrow"), "a.arrow", "text", "a.arrow"))
         except EncoreError as error:
