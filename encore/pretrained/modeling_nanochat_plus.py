@@ -122,11 +122,14 @@ class NanoChatPlusModel(NanoChatModel):
     ) -> BaseModelOutputWithPast:
         """As NanoChat's, for ids (B, T) and a mask (B, all tokens so far) that is 0 at padding.
 
-        Raises ValueError for embeddings in place of ids, since the layers look the tokens up too, and for a mask of
-        another form, which does not tell where a text begins.
+        Raises ValueError for embeddings in place of ids, since the layers look the tokens up too; for a cache of a
+        fixed size, since the ids that it is to keep grow; and for a mask of another form, which does not tell where a
+        text begins.
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("nanochat-plus computes with the ids of the tokens; pass input_ids, not inputs_embeds")
+        if past_key_values is not None and past_key_values.is_compileable:
+            raise ValueError("nanochat-plus wants a cache that grows; leave cache_implementation out, or set dynamic")
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(
                 f"nanochat-plus wants an attention_mask of 2 dimensions, (batch, tokens), not {attention_mask.ndim}"
@@ -148,7 +151,11 @@ class NanoChatPlusModel(NanoChatModel):
         )
 
     def _find_ids_before(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, cache: Any
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Any,
     ) -> torch.Tensor:
         """The id before each, (B, T); NONE behind padding and where a text begins, which is at position 0 as well.
 
@@ -177,8 +184,3 @@ class NanoChatPlusForCausalLM(NanoChatForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None, **_: Any) -> torch.Tensor | None:
-        """The mask as it is: `generate` with a static cache would turn it into one of 4 dimensions."""
-        return attention_mask
