@@ -24,7 +24,7 @@ READ = (CONFIG, WEIGHTS, RANKS_FILE)  # of a model's files; the others are for o
 
 
 def save_model(folder: Path, model: Model, ranks: bytes, record: dict[str, Any]) -> None:
-    """Fills `folder`: config.json, model.safetensors, the tokenizer's ranks, for nanochat-plus the code that it needs in
+    """Fills `folder`: config.json, model.safetensors, the tokenizer's ranks, the code that nanochat-plus needs in
     transformers, and encore.json with `record` and the sha256 of these files and of all that lies there already.
 
     Raises EncoreError where a weight is not finite.
