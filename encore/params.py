@@ -264,11 +264,6 @@ def _find_conflicts(valid: dict[str, Any]) -> list[str]:
             problems.append(f"warmup_iters: {valid['warmup_iters']} is above {name}, {decay}; warm up for less")
     if have("architecture", "n_embd", "n_head", "bias", "dropout") and valid["architecture"] != "gpt2":
         problems += _find_what_nanochat_lacks(valid)
-    if have("architecture", "evaluate_tasks") and valid["architecture"] == "nanochat-plus" and valid["evaluate_tasks"]:
-        problems.append(
-            f"evaluate_tasks: {', '.join(valid['evaluate_tasks'])} will not do; lm-eval loads a model by transformers, "
-            "which has no nanochat-plus: set [], or architecture: nanochat"
-        )
     if have("architecture", "optimizer", "embedding_lr", "head_lr"):
         problems += _find_wrong_rates(valid)
     if have("lr_schedule", "warmdown_ratio", "lr_decay_iters", "max_iters", "warmup_iters"):

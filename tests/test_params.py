@@ -120,11 +120,6 @@ def problems_with(**changes: Any) -> list[str]:
             "dropout: 0.1 will not do; architecture nanochat drops nothing, set 0.0",
         ),
         (
-            {**MODERN, "architecture": "nanochat-plus", "evaluate_tasks": ["piqa", "hellaswag"]},
-            "evaluate_tasks: piqa, hellaswag will not do; lm-eval loads a model by transformers, which has no "
-            "nanochat-plus: set [], or architecture: nanochat",
-        ),
-        (
             {**MODERN, "n_embd": 36, "n_head": 4},
             "n_head: 4 heads of width 9 will not do; architecture nanochat rotates pairs of numbers, so n_embd must "
             "divide by 2 x n_head",

@@ -19,7 +19,9 @@ from encore.errors import EncoreError, bring_back, run_stage
 from encore.files import sha256_of, write_json
 from encore.integrity import check_files
 from encore.json_files import read_json, read_sealed, write_sealed
-from encore.schemas import TasksManifest
+from encore.pretrained.init_from import CONFIG, bring_model_back
+from encore.pretrained.nanochat_hub import MODELING, PLUS
+from encore.schemas import HubConfig, TasksManifest
 
 MANIFEST = "manifest.json"
 WAY_OUT = bring_back("data/tasks", "download_tasks")
@@ -55,7 +57,8 @@ def fetch_tasks(names: list[str], folder: Path) -> None:
 def run_tasks(names: list[str], folder: Path, model: Path, device: str) -> dict[str, dict[str, float]]:
     """The metrics of each task (acc, acc_stderr, ...) for the model in `model`, from the data of `fetch_tasks`.
 
-    Raises EncoreError where the data is of other tasks or lm-eval is missing or fails.
+    Raises EncoreError where the data is of other tasks, the model comes with other code than ours, or lm-eval is
+    missing or fails.
     """
     manifest = read_sealed(folder / MANIFEST, TasksManifest, WAY_OUT)
     missing = set(names) - set(manifest["tasks"])
@@ -65,6 +68,7 @@ def run_tasks(names: list[str], folder: Path, model: Path, device: str) -> dict[
     if not names:
         return {}
     check_files(folder, manifest["files"], WAY_OUT)
+    check_own_code(model)
     _check_installed(names)
     with tempfile.TemporaryDirectory() as place:
         # A copy: `datasets` writes locks and what it derives beside its files, and an output of DVC must stay as it is.
@@ -72,6 +76,22 @@ def run_tasks(names: list[str], folder: Path, model: Path, device: str) -> dict[
         shutil.copytree(folder, data)
         _run(["run", str(model), str(results), device, *names], HF_DATASETS_CACHE=str(data), HF_HUB_OFFLINE="1")
         return read_json(results, dict[str, dict[str, float]])
+
+
+def check_own_code(model: Path) -> None:
+    """Raises EncoreError where a nanochat-plus comes with other code for transformers than what is evaluated here."""
+    if _architecture(model) != PLUS:
+        return
+    code = model / MODELING.name
+    if not code.is_file() or sha256_of(code) != sha256_of(MODELING):
+        raise EncoreError(
+            f"evaluate_tasks: {code} is not the code that Encore computes nanochat-plus by in transformers; "
+            f"{bring_model_back(model)}"
+        )
+
+
+def _architecture(model: Path) -> str:
+    return read_json(model / CONFIG, HubConfig, bring_model_back(model))["model_type"]
 
 
 def _check_installed(names: list[str]) -> None:
@@ -135,6 +155,8 @@ def _fetch(names: list[str]) -> None:
 def _evaluate(model: Path, device: str, names: list[str]) -> dict[str, dict[str, float]]:
     import lm_eval
 
+    if _architecture(model) == PLUS:
+        _introduce_plus()
     done = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(model), "dtype": "float32"},
@@ -148,6 +170,17 @@ def _evaluate(model: Path, device: str, names: list[str]) -> dict[str, dict[str,
     for name, numbers in results.items():
         print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items()))
     return results
+
+
+def _introduce_plus() -> None:
+    """Has transformers compute nanochat-plus by our module, which is the same file as the folder's. Nothing in the
+    folder is run then, as its tokenizer's code and its own `generate` would be with trust_remote_code."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from encore.pretrained.modeling_nanochat_plus import NanoChatPlusConfig, NanoChatPlusForCausalLM
+
+    AutoConfig.register(PLUS, NanoChatPlusConfig)
+    AutoModelForCausalLM.register(NanoChatPlusConfig, NanoChatPlusForCausalLM)
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:

@@ -3,12 +3,16 @@
 It holds nothing that a clock says, nor the commit: the same run writes the same bytes, whenever and from wherever.
 """
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+
 from encore.files import write_whole
 from encore.pretrained.markup import as_markdown, as_markdown_code
+from encore.pretrained.nanochat_hub import MODELING, PLUS
 
 CARD = "README.md"
 TITLES = {
@@ -24,27 +28,69 @@ tokenizer = AutoTokenizer.from_pretrained("model")
 prompt = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50, do_sample=True)[0]))
 """
-WITH_TRANSFORMERS = [
-    "```python",
-    *USE.splitlines(),
-    "```",
-    "",
-    "`encore generate --prompt Once` does the same without transformers.",
-]
-WITHOUT_TRANSFORMERS = [
-    "`encore generate --prompt Once`. transformers cannot load it: it has no such model.",
+USE_PLUS = USE.replace('("model")', '("model", trust_remote_code=True)')
+TRUST = [
+    f"transformers has no nanochat-plus. It computes the model by `{MODELING.name}`, which comes with",
+    "this folder, and runs that only with `trust_remote_code=True`.",
     "",
 ]
+# Of the names that the Hub knows, those that text usually has. It refuses any other.
+HUB_LICENCES = {
+    *("afl-3.0", "apache-2.0", "artistic-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc", "cc0-1.0"),
+    *("cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0"),
+    *("cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0"),
+    *("cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "agpl-3.0", "isc", "lgpl", "lgpl-2.1"),
+    *("lgpl-3.0", "mit", "mpl-2.0", "odbl", "odc-by", "pddl", "unlicense", "wtfpl", "zlib"),
+}
+
+
+def describe_for_hub(record: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+    """What the Hub lists and searches models by, of what `write_card` gets.
+
+    The licence is the data's, where it has one of the Hub's names. The language of the data is not known.
+    """
+    data, architecture = record["data"], record["params"]["architecture"]
+    kind, _, place = data["dataset"].partition(":")
+    repository = "/".join(place.split("/")[:2]) if kind == "hf" else None
+    licence = (data["licence"] or "").lower()
+    result = {
+        "task": {"type": "text-generation"},
+        "dataset": {
+            "type": repository or data["dataset"],
+            "name": data["dataset"],
+            "split": "val",
+            "revision": data["dataset_revision"],
+        },
+        "metrics": [
+            {
+                "type": "loss",
+                "value": round(summary["val"]["loss"], 4),
+                "name": "val loss in training, nats a token",
+            }
+        ],
+    }
+    return {
+        **({"license": licence} if licence in HUB_LICENCES else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["encore", architecture],
+        **({"datasets": [repository]} if repository else {}),
+        "model-index": [{"name": f"encore-{architecture}", "results": [result]}],
+    }
+
+
+def _as_yaml(value: dict[str, Any]) -> str:
+    yaml, text = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(value, text)
+    return text.getvalue()
 
 
 def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) -> None:
     """Writes the card. record: what encore.json holds. summary: what metrics.json holds."""
     data, params, versions = record["data"], record["params"], record["versions"]
-    kind, _, place = data["dataset"].partition(":")
-    datasets = [f"datasets: [{'/'.join(place.split('/')[:2])}]"] if kind == "hf" else []
-    is_known = params["architecture"] != "nanochat-plus"
-    library = ["library_name: transformers"] if is_known else []
-    front = ["---", *library, "pipeline_tag: text-generation", *datasets, "---"]
+    is_plus = params["architecture"] == PLUS
     facts = {
         "data": f"{as_markdown_code(data['dataset'])} at {as_markdown_code(data['dataset_revision'])}",
         "licence of the data": as_markdown(data["licence"] or "not named by the source: look there before you publish"),
@@ -58,7 +104,9 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
     }
     lines = [
-        *front,
+        "---",
+        _as_yaml(describe_for_hub(record, summary)).removesuffix("\n"),
+        "---",
         "",
         f"# {TITLES[params['architecture']]} trained with Encore",
         "",
@@ -68,7 +116,12 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
         "",
         "## How to load it",
         "",
-        *(WITH_TRANSFORMERS if is_known else WITHOUT_TRANSFORMERS),
+        *(TRUST if is_plus else []),
+        "```python",
+        *(USE_PLUS if is_plus else USE).splitlines(),
+        "```",
+        "",
+        "`encore generate --prompt Once` does the same without transformers.",
         "What it writes may be wrong, offensive or copied from the data; it has had no further training.",
         "",
         "## How it was made",

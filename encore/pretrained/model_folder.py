@@ -24,8 +24,8 @@ READ = (CONFIG, WEIGHTS, RANKS_FILE)  # of a model's files; the others are for o
 
 
 def save_model(folder: Path, model: Model, ranks: bytes, record: dict[str, Any]) -> None:
-    """Fills `folder`: config.json, model.safetensors, the tokenizer's ranks, and encore.json with `record` and the
-    sha256 of these files and of all that lies there already.
+    """Fills `folder`: config.json, model.safetensors, the tokenizer's ranks, the code that nanochat-plus needs in
+    transformers, and encore.json with `record` and the sha256 of these files and of all that lies there already.
 
     Raises EncoreError where a weight is not finite.
     """
@@ -38,6 +38,8 @@ def save_model(folder: Path, model: Model, ranks: bytes, record: dict[str, Any])
     write_json(folder / CONFIG, config)
     save_tensors(folder / WEIGHTS, tensors)
     write_whole(folder / RANKS_FILE, ranks)
+    if config["model_type"] == nanochat_hub.PLUS:
+        write_whole(folder / nanochat_hub.MODELING.name, nanochat_hub.MODELING.read_bytes())
     hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != RECORD}
     write_sealed(folder / RECORD, {**record, "files_sha256": hashes})
 

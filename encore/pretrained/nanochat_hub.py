@@ -1,11 +1,13 @@
 """nanochat's weights as transformers' NanoChatForCausalLM has them, and the way back: the same names but for a prefix,
 and no padding of the vocabulary.
 
-nanochat-plus is no model of transformers'. It has the same files under a `model_type` of its own, which transformers
-refuses instead of leaving out what it does not know.
+nanochat-plus is no model of transformers'. It has the same files under a `model_type` of its own, and one more: a copy
+of modeling_nanochat_plus.py, from which transformers computes it where it may run a model's own code. Encore runs no
+code of a folder.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +18,20 @@ from encore.models.vocabulary import pad_rows
 
 HEAD = "lm_head.weight"
 PLAIN, PLUS = "nanochat", "nanochat-plus"
+MODELING = Path(__file__).with_name("modeling_nanochat_plus.py")  # only copied: importing it loads transformers
+AUTO_MAP = {
+    "AutoConfig": f"{MODELING.stem}.NanoChatPlusConfig",
+    "AutoModelForCausalLM": f"{MODELING.stem}.NanoChatPlusForCausalLM",
+}
 
 
 def to_hub_config(config: NanoChatConfig) -> dict[str, Any]:
     """transformers' NanoChatConfig of a model; the end-of-text token begins and ends a text."""
     end_of_text = config.vocab_size - 1
     return {
-        "architectures": ["EncoreNanoChatPlus" if config.plus else "NanoChatForCausalLM"],
+        "architectures": ["NanoChatPlusForCausalLM" if config.plus else "NanoChatForCausalLM"],
         "model_type": PLUS if config.plus else PLAIN,
+        **({"auto_map": AUTO_MAP} if config.plus else {}),
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.block_size,
         "hidden_size": config.n_embd,

@@ -13,7 +13,11 @@ from torch.nn import functional as F
 from encore.errors import EncoreError
 from encore.evaluation import tasks
 from encore.evaluation.tasks import fetch_tasks, run_tasks
-from encore.pretrained.model_folder import load_model
+from encore.json_files import write_sealed
+from encore.models.nanochat import NanoChat, NanoChatConfig
+from encore.pretrained.hub_tokenizer import save_hub_tokenizer
+from encore.pretrained.model_folder import load_model, save_model
+from encore.tokens.ranks import write_ranks
 from encore.tokens.token_files import RANKS_FILE
 from encore.tokens.tokenizer import load_tokenizer
 from tests.conftest import run_dvc
@@ -104,3 +108,53 @@ def test_a_task_is_a_parameter_of_the_pipeline(finished):
     assert shown["acc_norm"] == pytest.approx(acc_norm)
     assert shown["acc_stderr"] == pytest.approx((acc * (1 - acc) / 11) ** 0.5)
     assert run_dvc(finished, "status").strip() == "Data and pipelines are up to date."  # lm-eval has changed no file
+
+
+@pytest.fixture
+def plus(tmp_path):
+    """The folder of a nanochat-plus whose scores differ, with its tokenizer."""
+    folder, ranks = tmp_path / "model", {bytes([byte]): byte for byte in range(256)}
+    folder.mkdir()
+    torch.manual_seed(0)
+    model = NanoChat(NanoChatConfig(257, block_size=128, n_layer=2, n_head=2, n_embd=32, plus=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=1.0 if "embed" in name or name == "smear" else 0.2)
+    save_hub_tokenizer(folder, ranks, 128)
+    save_model(folder, model, write_ranks(ranks), {})
+    return folder
+
+
+def test_a_nanochat_plus_is_evaluated_by_our_code_and_none_of_its_folder_s(plus, tmp_path, monkeypatch):
+    rows, data, home = make_rows(12), tmp_path / "data", tmp_path / "home"
+    monkeypatch.setenv("HF_HOME", str(home))
+    with serving_tasks(rows) as (address, _):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        fetch_tasks(["hellaswag"], data)
+    # What transformers would run of a folder that it trusts, beside the code that config.json names.
+    (plus / "custom_generate").mkdir()
+    (plus / "custom_generate/generate.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\ndef generate(): pass\n")
+    shown = run_tasks(["hellaswag"], data, plus, "cpu")["hellaswag"]
+    acc, acc_norm = share_right(load_model(plus), load_tokenizer(plus / RANKS_FILE), rows)
+    assert 0 < acc < 1
+    assert shown["acc"] == pytest.approx(acc)
+    assert shown["acc_norm"] == pytest.approx(acc_norm)
+    assert not (tmp_path / "run").exists()
+    assert not list(home.rglob("*.py"))  # where transformers would keep the code that it trusts
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_nanochat_plus_with_other_code_is_refused(plus, tmp_path, damage):
+    data, code = tmp_path / "data", plus / "modeling_nanochat_plus.py"
+    data.mkdir()
+    write_sealed(data / "manifest.json", {"tasks": ["hellaswag"], "lm_eval": "0", "files": {}})
+    if damage == "changed":
+        code.write_bytes(code.read_bytes() + b"\n")
+    else:
+        code.unlink()
+    with pytest.raises(EncoreError) as error:
+        run_tasks(["hellaswag"], data, plus, "cpu")
+    assert str(error.value) == (
+        f"evaluate_tasks: {code} is not the code that Encore computes nanochat-plus by in transformers; "
+        f"bring {plus} back from where it came"
+    )

@@ -6,6 +6,7 @@ from html import escape
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from ruamel.yaml import YAML
 
@@ -13,7 +14,7 @@ from encore.models.architectures import make_model
 from encore.models.gpt2 import GPT2Config
 from encore.models.nanochat import NanoChatConfig
 from encore.pretrained.hub_tokenizer import save_hub_tokenizer
-from encore.pretrained.model_card import CARD, USE, write_card
+from encore.pretrained.model_card import CARD, TITLES, USE, USE_PLUS, write_card
 from encore.pretrained.model_folder import save_model
 from encore.tokens.ranks import write_ranks
 from encore.tokens.tokenizer import train_bpe
@@ -55,11 +56,6 @@ def front_matter(card):
 
 def test_what_it_says(tmp_path):
     card = make_card(tmp_path / "model")
-    assert front_matter(card) == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "datasets": ["owner/corpus"],
-    }
     for line in (
         "| data | `hf:owner/corpus/en` at `0123abc` |",
         "| licence of the data | cc0-1.0 |",
@@ -89,19 +85,45 @@ def test_what_the_hub_says_of_the_licence_is_text(tmp_path):
     assert html.count("<h1>") == 1
 
 
-def test_only_data_of_the_hub_is_named_to_the_hub(tmp_path):
-    assert "datasets" not in front_matter(make_card(tmp_path / "model", dataset="package:sympy"))
+def test_the_hub_reads_what_it_lists_models_by(tmp_path):
+    """By the Hub's own library, which reads a card as the Hub does."""
+    make_card(tmp_path / "model")
+    card = ModelCard.load(tmp_path / "model" / CARD)
+    known = card.data.to_dict()
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("loss", 3.1474)
+    assert result.metric_name == "val loss in training, nats a token"
+    assert (result.task_type, result.dataset_type, result.dataset_name) == (
+        "text-generation",
+        "owner/corpus",
+        "hf:owner/corpus/en",
+    )
+    assert (result.dataset_split, result.dataset_revision) == ("val", "0123abc")
+    assert card.data.model_name == "encore-gpt2"
+    assert {key: value for key, value in known.items() if key != "model-index"} == {
+        "license": "cc0-1.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["encore", "gpt2"],
+        "datasets": ["owner/corpus"],
+    }
 
 
-def test_what_transformers_cannot_load_says_so(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    write_card(folder, {**RECORD, "params": {**RECORD["params"], "architecture": "nanochat-plus"}}, SUMMARY)
-    card = (folder / CARD).read_text(encoding="utf-8")
-    assert "library_name" not in front_matter(card)
-    assert "# A nanochat-plus model trained" in card
-    assert "transformers cannot load it" in card
-    assert "from_pretrained" not in card
+@pytest.mark.parametrize(
+    ("licence", "shown"),
+    [("BSD-3-Clause", "bsd-3-clause"), ("BSD", "bsd"), (None, None), ("mit, cc0-1.0", None), ("See LICENSE", None)],
+)
+def test_only_a_licence_that_the_hub_knows_is_named_to_it(tmp_path, licence, shown):
+    card = make_card(tmp_path / "model", licence=licence)
+    assert front_matter(card).get("license") == shown
+
+
+@pytest.mark.parametrize("dataset", ["package:sympy", "files:a: [b] \"c\" 'd' # é \U0001f600\u2028/*.txt"])
+def test_only_data_of_the_hub_is_named_to_the_hub(tmp_path, dataset):
+    make_card(tmp_path / "model", dataset=dataset)
+    data = ModelCard.load(tmp_path / "model" / CARD).data
+    assert data.datasets is None
+    assert data.eval_results[0].dataset_name == dataset
 
 
 SHAPE = {"vocab_size": 290, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 16}
@@ -109,11 +131,15 @@ SHAPE = {"vocab_size": 290, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd
 
 @pytest.mark.parametrize(
     ("architecture", "config"),
-    [("gpt2", GPT2Config(**SHAPE, bias=False)), ("nanochat", NanoChatConfig(**SHAPE))],
-    ids=["gpt2", "nanochat"],
+    [
+        ("gpt2", GPT2Config(**SHAPE, bias=False)),
+        ("nanochat", NanoChatConfig(**SHAPE)),
+        ("nanochat-plus", NanoChatConfig(**SHAPE, plus=True)),
+    ],
+    ids=["gpt2", "nanochat", "nanochat-plus"],
 )
 def test_its_code_runs_on_a_model_folder(tmp_path, monkeypatch, capsys, architecture, config):
-    pytest.importorskip("transformers")
+    dynamic_module_utils = pytest.importorskip("transformers.dynamic_module_utils")
     ranks = train_bpe(["Once upon a time there was a model. " * 3, "It wrote what it had read."], 290)
     torch.manual_seed(0)
     model = make_model(config)
@@ -122,9 +148,13 @@ def test_its_code_runs_on_a_model_folder(tmp_path, monkeypatch, capsys, architec
     save_model(folder, model, write_ranks(ranks), {})
     save_hub_tokenizer(folder, ranks, 64)
     write_card(folder, {**RECORD, "params": {**RECORD["params"], "architecture": architecture}}, SUMMARY)
-    assert f"# A {'GPT-2' if architecture == 'gpt2' else 'nanochat model'} trained" in (folder / CARD).read_text()
-    assert f"```python\n{USE}```" in (folder / CARD).read_text(encoding="utf-8")
+    card, is_plus = (folder / CARD).read_text(encoding="utf-8"), architecture == "nanochat-plus"
+    code = card.split("```python\n")[1].split("```")[0]
+    assert code == (USE_PLUS if is_plus else USE)
+    assert f"# {TITLES[architecture]} trained" in card
+    assert [is_plus] * 2 == ["trust_remote_code=True" in code, "modeling_nanochat_plus.py`, which comes with" in card]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    exec(USE, {})
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    exec(code, {})
     assert capsys.readouterr().out.startswith("Once")

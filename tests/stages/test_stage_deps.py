@@ -18,13 +18,16 @@ from ruamel.yaml import YAML
 from encore.code import SILENT, describe_code, path_of
 from encore.pretrained.initial_weights import fetch_initial
 from stages import check
-from tests.conftest import ROOT, pipeline_environment, read_page, write_page
+from tests.conftest import MODERN, ROOT, pipeline_environment, read_page, write_page
 
 pytestmark = pytest.mark.slow
 
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 # The weights that training starts from: it reads them unless it starts from scratch, as the default page has it.
 UNLESS_SCRATCH = {("train", "data/init")}
+# What transformers computes a nanochat-plus by: copied into the model's folder, and loaded by lm-eval's process alone.
+MODELING = "encore/pretrained/modeling_nanochat_plus.py"
+UNLESS_PLUS = {("train", MODELING)}
 ROOMS = {path.relative_to(ROOT).as_posix() for path in (ROOT / "encore").rglob("__init__.py")}  # nothing but docstrings
 SAID = {path_of(name).relative_to(ROOT).as_posix() for name in SILENT}  # loaded, and left out of data/code
 # Runs a stage and prints which of the folder's modules were loaded and which keys of params.yaml were read.
@@ -89,7 +92,7 @@ def test_a_stage_uses_what_it_lists_and_nothing_else(finished, stage, tmp_path):
     done = run_stage(folder, stage)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((folder / "report.json").read_text())
-    assert set(report["modules"]) - SAID - ROOMS == code_of(stage) - ROOMS
+    assert set(report["modules"]) - SAID - ROOMS == code_of(stage) - ROOMS - {MODELING}
     assert set(report["keys"]) == set(STAGES[stage]["params"])
 
 
@@ -100,7 +103,9 @@ def test_every_stage_depends_on_its_code() -> None:
         assert STAGES[stage]["deps"][0] == f"data/code/{stage}.txt"
 
 
-ALWAYS_READ = [(stage, dep) for stage in STAGES for dep in data_of(stage) if (stage, dep) not in UNLESS_SCRATCH]
+ALWAYS_READ = [
+    (stage, dep) for stage in STAGES for dep in data_of(stage) if (stage, dep) not in UNLESS_SCRATCH | UNLESS_PLUS
+]
 
 
 @pytest.mark.parametrize(("stage", "dep"), ALWAYS_READ)
@@ -128,6 +133,22 @@ def test_initial_weights_are_needed_unless_training_starts_from_scratch(finished
     fetch_initial(f"{tmp_path}/weights", folder / dep, tmp_path)
     done = run_stage(folder, stage)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_training_of_nanochat_plus_needs_the_module_that_it_copies(finished, tmp_path):
+    folder = sandbox(finished, "train", tmp_path / "sandbox")
+    page = folder / "params.yaml"
+    write_page(page, **{**read_page(page), **MODERN, "architecture": "nanochat-plus"})
+    assert run_stage(folder, "train").returncode == 0
+    assert (folder / "model" / Path(MODELING).name).read_bytes() == (ROOT / MODELING).read_bytes()
+    shutil.rmtree(folder / "model")
+    (folder / MODELING).unlink()
+    assert MODELING in run_stage(folder, "train").stderr
+
+
+def test_an_edit_of_it_runs_the_evaluation_again():
+    assert MODELING in code_of("evaluate")
+    assert MODELING not in code_of("train")  # which lists the file itself
 
 
 def test_no_shell_hides_the_death_of_dvc():
