@@ -80,10 +80,8 @@ def describe_for_hub(record: dict[str, Any], summary: dict[str, Any]) -> dict[st
 
 
 def _as_yaml(value: dict[str, Any]) -> str:
-    yaml, text = YAML(typ="safe", pure=True), io.StringIO()
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.dump(value, text)
+    text = io.StringIO()
+    YAML().dump(value, text)
     return text.getvalue()
 
 
