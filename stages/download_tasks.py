@@ -4,7 +4,7 @@ from pathlib import Path
 
 from encore.code import check_code
 from encore.download.stopping import run_download
-from encore.evaluation.tasks import MANIFEST, fetch_tasks
+from encore.download.task_data import MANIFEST, fetch_tasks
 from encore.files import whole_folder
 from encore.params import load_params
 from encore.pipeline.stage_history import record_stage

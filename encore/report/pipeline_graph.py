@@ -16,7 +16,7 @@ from encore.pipeline.stage_history import HISTORY
 from encore.schemas import HistoryLine
 from encore.scratch import scratch_folder
 
-BOX_WIDTH, BOX_HEIGHT = 164, 54
+BOX_WIDTH, BOX_HEIGHT = 142, 54
 GAP, RISE, MARGIN = 14, 30, 4  # between boxes, between rows, around all
 SAME_RUN_SECONDS = 5  # by how much two readings of when a process started may differ
 
@@ -106,7 +106,7 @@ def _same_run(one: HistoryLine, other: HistoryLine) -> bool:
 
 
 def draw(stages: list[Stage]) -> Drawing:
-    """Each stage in a row below all that it comes after, and arrows from those it needs to wait for.
+    """Each stage in a row below all that it comes after, as low as the stages that wait for it allow; and arrows.
 
     An arrow that others imply already is left out: the table of stages has what each reads.
     """
@@ -115,8 +115,11 @@ def draw(stages: list[Stage]) -> Drawing:
     def earlier(name: str) -> set[str]:
         return after[name].union(*(earlier(before) for before in after[name]))
 
+    def highest_row(name: str) -> int:
+        return 1 + max((highest_row(before) for before in after[name]), default=-1)
+
     def row(name: str) -> int:
-        return 1 + max((row(before) for before in after[name]), default=-1)
+        return min((row(later) - 1 for later in after if name in after[later]), default=highest_row(name))
 
     rows: dict[int, list[Stage]] = {}
     for stage in stages:

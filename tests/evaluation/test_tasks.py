@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from encore.download import task_data
+from encore.download.task_data import fetch_tasks
 from encore.errors import EncoreError
-from encore.evaluation import tasks
-from encore.evaluation.tasks import fetch_tasks, run_tasks
+from encore.evaluation.tasks import run_tasks
 from encore.json_files import write_sealed
 from encore.models.nanochat import NanoChat, NanoChatConfig
 from encore.pretrained.hub_tokenizer import save_hub_tokenizer
@@ -48,14 +49,14 @@ def share_right(model, tokenizer, rows):
 
 
 def test_no_tasks_need_no_lm_eval(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+    monkeypatch.setattr(task_data, "find_spec", lambda name: None)
     fetch_tasks([], tmp_path)
     expected = {"tasks": [], "lm_eval": None, "files": {}}
     assert read_with_seal((tmp_path / "manifest.json").read_text()) == expected
 
 
 def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+    monkeypatch.setattr(task_data, "find_spec", lambda name: None)
     with pytest.raises(EncoreError) as error:
         fetch_tasks(["hellaswag"], tmp_path)
     assert str(error.value) == (
@@ -65,7 +66,7 @@ def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_an_unknown_task_is_told_with_the_nearest(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(tasks, "_check_network", lambda names: None)
+    monkeypatch.setattr(task_data, "_check_network", lambda names: None)
     with pytest.raises(EncoreError):
         fetch_tasks(["helaswag"], tmp_path)
     assert "encore: evaluate_tasks: lm-eval has no task helaswag; did you mean hellaswag?" in capfd.readouterr().err

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from encore import integrity
+from encore.download.task_data import fetch_tasks
 from encore.errors import EncoreError, bring_back
-from encore.evaluation.tasks import fetch_tasks
 from encore.models.gpt2 import GPT2, GPT2Config
 from encore.pretrained.initial_weights import fetch_initial
 from encore.pretrained.model_folder import save_model

@@ -12,8 +12,8 @@ import torch
 from markdown_it import MarkdownIt
 from torch.nn import functional as F
 
+from encore.download.task_data import fetch_tasks
 from encore.errors import EncoreError
-from encore.evaluation.tasks import fetch_tasks
 from encore.models.gpt2 import GPT2, GPT2Config
 from encore.models.nanochat import NanoChat, NanoChatConfig
 from encore.pretrained.model_folder import save_model

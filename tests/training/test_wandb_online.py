@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from encore.evaluation.tasks import fetch_tasks
+from encore.download.task_data import fetch_tasks
 from tests.conftest import ROOT, TINY, pipeline_environment, write_page
 from tests.wandb_server import ENTITY, serving
 
