@@ -137,7 +137,8 @@ def print_steps(folder: Path, name: str, result: dict[str, Any], pages: dict[str
         path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in pages[name].items()))
         counted = f"{sum(count(path, scores_at_once(find_device())).values()):.1f} GB"
     check = f"{result['check_seconds']:.2f} s, {result['check_peak_bytes'] / 1e9:.1f} GB"
-    print_row(name, *speed, f"{result['mfu']:.1%}", f"{result['peak_bytes'] / 1e9:.1f} GB", counted, check)
+    mfu = "" if result["mfu"] is None else f"{result['mfu']:.1%}"
+    print_row(name, *speed, mfu, f"{result['peak_bytes'] / 1e9:.1f} GB", counted, check)
 
 
 def print_ratios(few: str, many: str, found: dict[str, dict[str, Any]]) -> None:

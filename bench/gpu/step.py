@@ -104,11 +104,12 @@ def clock_steps(trainer: Trainer, steps: int) -> dict[str, Any]:
     step = statistics.median(clock(trainer, trainer.step) for _ in range(steps))
     peak_bytes = peak_memory_bytes(trainer.device)
     check = clock(trainer, trainer.check_compiled)
-    flops = flops_per_token(trainer.model) * trainer.tokens_per_step / step
+    flops_per_second = flops_per_token(trainer.model) * trainer.tokens_per_step / step
+    peak = trainer.hardware.peak
     return {
         "seconds": step,
         "tokens_per_second": trainer.tokens_per_step / step,
-        "mfu": flops / trainer.hardware.peak.flops_per_second,
+        "mfu": flops_per_second / peak.flops_per_second if peak else None,
         "peak_bytes": peak_bytes,
         "check_seconds": check,
         "check_peak_bytes": peak_memory_bytes(trainer.device),
