@@ -135,14 +135,14 @@ def fetch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.compile as it writes nothing outside the test's folder."""
-    from torch._inductor import config
+def compiler(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile as it writes nothing outside the tests' folders. Its headers are compiled once for all tests."""
+    from torch._inductor import codecache
 
+    headers = tmp_path_factory.getbasetemp() / "headers"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    # Headers would go elsewhere. monkeypatch would leave torch's config without the attribute.
-    with config.patch(cpp_cache_precompile_headers=False):
-        yield
+    monkeypatch.setattr(codecache, "_HEADER_DIR", str(headers))
+    monkeypatch.setattr(codecache, "_HEADER_LOCK_DIR", str(headers / "locks"))
 
 
 @pytest.fixture

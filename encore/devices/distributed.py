@@ -11,18 +11,19 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from encore.devices.sharding import is_sharded, shard, spread_like
 from encore.errors import EncoreError
 from encore.models.architectures import Model
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 # How long a rank waits for the others: the first step compiles, and rank 0 may write a large checkpoint.
 TIMEOUT = timedelta(minutes=15)
@@ -97,14 +98,10 @@ class Ranks:
         """The model as it is called in training. Gradients are averaged over the ranks in the backward pass."""
         if self.count == 1:
             return model
-        device = next(model.parameters()).device
         if self.shards:
-            mesh = init_device_mesh(device.type, (self.count,))
-            for block in model.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            register_fsdp_forward_method(model, "token_losses")
+            shard(model, self.count)
             return model
+        device = next(model.parameters()).device
         return DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
@@ -114,8 +111,8 @@ class Ranks:
 
     def without_sync(self, model: nn.Module, last: bool) -> AbstractContextManager:
         """Keeps gradients to this rank until the `last` micro-batch of a step, so that they travel once a step."""
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
+        if self.shards and self.count > 1:
+            cast("FSDPModule", model).set_requires_gradient_sync(last)
         if isinstance(model, DistributedDataParallel) and not last:
             return model.no_sync()
         return nullcontext()
@@ -125,19 +122,14 @@ class Ranks:
         shape, dtype = layout
         whole = torch.empty(shape, dtype=getattr(torch, dtype)) if tensor is None else tensor
         whole = whole.to(like.device)
-        if isinstance(like, DTensor) and shape:
-            return distribute_tensor(whole, like.device_mesh, like.placements)
+        if is_sharded(like) and shape:
+            return spread_like(whole, like, from_rank=0)
         if self.count > 1:
             dist.broadcast(whole, src=0)
         return whole
 
 
 ALONE = Ranks()
-
-
-def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor, which may be in pieces over the ranks; all of them must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

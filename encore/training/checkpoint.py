@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from encore.code import code_sha256
-from encore.devices.distributed import ALONE, Ranks, gather
+from encore.devices.distributed import ALONE, Ranks
+from encore.devices.sharding import gather
 from encore.errors import EncoreError
 from encore.files import sha256_of, whole_folder
 from encore.json_files import read_sealed, write_sealed

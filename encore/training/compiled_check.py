@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from encore.devices.device import autocast
 from encore.devices.distributed import Ranks
+from encore.devices.sharding import own_part
 from encore.errors import EncoreError
 from encore.tokens.batches import Batch
 
@@ -78,7 +78,7 @@ def _compute(
             (loss * SCALE).backward()
         total += loss.detach()
     gradients = [
-        torch.zeros_like(_own_part(parameter)) if parameter.grad is None else _own_part(parameter.grad).clone()
+        torch.zeros_like(own_part(parameter)) if parameter.grad is None else own_part(parameter.grad).clone()
         for parameter in model.parameters()
     ]
     for parameter in model.parameters():
@@ -91,15 +91,10 @@ def _norms(mine: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.linalg.vector_norm(mine - right), torch.linalg.vector_norm(right)]).double().square()
 
 
-def _own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 @contextmanager
 def _disturbed(model: nn.Module, ranks: Ranks) -> Iterator[None]:
     """Noise on all weights, the same on ranks that hold the same; the weights come back to the bit."""
-    weights = [_own_part(parameter.data) for parameter in model.parameters()]
+    weights = [own_part(parameter.data) for parameter in model.parameters()]
     kept = [weight.cpu().clone() for weight in weights]
     generator = torch.Generator().manual_seed(ranks.rank if ranks.shards else 0)
     for weight in weights:

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from encore.devices.distributed import gather
+from encore.devices.sharding import gather, spread_like
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steep at 0, so small singular values grow fast
 STEPS = 5
@@ -37,7 +36,7 @@ class Muon(torch.optim.Optimizer):
                     size = group["lr"] * max(1.0, rows / columns) ** 0.5
                     direction = direction.T if rows > columns else direction
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(_spread_like(parameter, direction.to(parameter.dtype)), alpha=-size)
+                    parameter.add_(spread_like(direction.to(parameter.dtype), parameter), alpha=-size)
 
     def _direction(self, parameter: torch.Tensor, grad: torch.Tensor, momentum: float) -> torch.Tensor:
         """The gradient with its momentum, whole, in bfloat16, and lying where it stands upright."""
@@ -73,10 +72,3 @@ def _batches(parameters: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     for (rows, columns), alike in by_shape.items():
         count = max(1, NUMBERS_AT_ONCE // (rows * columns))
         yield from (alike[start : start + count] for start in range(0, len(alike), count))
-
-
-def _spread_like(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """`whole`, which all ranks have, in pieces over the ranks where `parameter` is."""
-    if not isinstance(parameter, DTensor):
-        return whole
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -10,7 +10,8 @@ import torch
 
 from encore.code import code_sha256
 from encore.devices.device import Hardware, autocast, peak_memory_bytes
-from encore.devices.distributed import ALONE, Ranks, gather
+from encore.devices.distributed import ALONE, Ranks
+from encore.devices.sharding import gather
 from encore.errors import EncoreError, Interrupted
 from encore.evaluation.losses import sum_losses
 from encore.integrity import Verification

@@ -280,7 +280,7 @@ def test_records_of_a_rank_that_only_goes_along_are_kept_and_not_shown(tmp_path,
         )
         records.log_eval({"iter": 1, "train_loss": 2.5, "val_loss": 3.5})
         records.restore(records.state())
-        records.finish({"iter": 1})
+        records.finish({"iter": 1}, "ab" * 32)
     writing, silent = both
     assert vars(silent.rows) == vars(writing.rows)
     assert [len(rows) for rows in vars(silent.rows).values()] == [1, 1, 1]
