@@ -26,6 +26,7 @@ from encore.training.compiled_check import check_compiled
 from encore.training.lr_schedule import get_lr
 from encore.training.metrics import Records
 from encore.training.optim import make_optimizers
+from encore.training.profile import profiler
 
 
 class Trainer:
@@ -88,12 +89,17 @@ class Trainer:
         params = self.params
         try:
             shown = self.ranks.is_first
-            with Progress("train", params.max_iters, "iters", self.iter, lines=False, bar=shown) as progress:
+            with (
+                Progress("train", params.max_iters, "iters", self.iter, lines=False, bar=shown) as progress,
+                profiler(self.iter, shown) as profile,
+            ):
                 if not self.records.rows.eval:
                     self.evaluate()
                 while self.iter < params.max_iters:
                     self.step()
                     progress.add(1)
+                    if profile:
+                        profile.step()
                     if self.iter % params.log_interval == 0:
                         self.log()
                     if self.iter % params.eval_interval == 0:
