@@ -45,6 +45,7 @@ from encore.training import run_folder
 from encore.training.checkpoint import TRAINING, find_resumable, list_checkpoints
 from encore.training.metrics import Records
 from encore.training.optim import describe_groups
+from encore.training.tensorboard import open_tensorboard
 from encore.training.trainer import Trainer
 from encore.training.wandb_run import start_wandb
 from stages import STARTED
@@ -156,7 +157,7 @@ def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Tra
         recompute_layers(model)
 
     found = find_resumable(checkpoints, params.max_iters) if ranks.is_first else None
-    wandb_run = None
+    wandb_run = tensorboard = None
     if ranks.is_first:
         about = {
             "commit": describe_head(),
@@ -166,7 +167,8 @@ def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Tra
         }
         described = {**params.as_dict(), **hash_inputs(params), **about}
         wandb_run = start_wandb(described, checkpoints, resumed=found is not None)
-    records = Records(METRICS, LOG, wandb_run, writes=ranks.is_first)
+        tensorboard = open_tensorboard(checkpoints.name)
+    records = Records(METRICS, LOG, wandb_run, tensorboard, writes=ranks.is_first)
     # Once on each machine; the ranks there read the same files.
     hashes = token_hashes(TOKENS) if ranks.local_rank == 0 else {}
     verification = Verification(hashes, WAY_OUT)

@@ -1,4 +1,4 @@
-"""What a run leaves to read: rows for the curves, lines for training.log, the same numbers for wandb.
+"""What a run leaves to read: rows for the curves, lines for training.log, the same numbers for wandb and TensorBoard.
 
 Rows are kept in memory and in the checkpoints, and written out whole: a resumed run can neither double nor lose one.
 What must repeat bit for bit (losses, learning rate, gradient norm) and what a clock says are in different files.
@@ -12,6 +12,7 @@ from typing import Any
 from encore.files import write_tsv, write_whole
 from encore.json_files import flatten
 from encore.progress import as_duration, print_line
+from encore.training.tensorboard import TensorBoard
 from encore.training.wandb_run import WandbRun
 
 MOST_ROWS = 4000  # what a plots page draws quickly
@@ -27,15 +28,23 @@ class Rows:
 
 
 class Records:
-    """Takes a run's numbers once and passes them on to the curves, the log and wandb.
+    """Takes a run's numbers once and passes them on to the curves, the log, wandb and TensorBoard.
 
     writes: no, on a rank that only goes along: it keeps the rows and shows nothing.
     """
 
-    def __init__(self, metrics_folder: Path, log_path: Path, wandb_run: WandbRun | None, writes: bool = True) -> None:
+    def __init__(
+        self,
+        metrics_folder: Path,
+        log_path: Path,
+        wandb_run: WandbRun | None,
+        tensorboard: TensorBoard | None = None,
+        writes: bool = True,
+    ) -> None:
         self.rows = Rows()
         self.lines: list[str] = []
-        self._metrics_folder, self._log_path, self._wandb, self._writes = metrics_folder, log_path, wandb_run, writes
+        self._metrics_folder, self._log_path, self._writes = metrics_folder, log_path, writes
+        self._wandb, self._tensorboard = wandb_run, tensorboard
         self._rewrite_log()
 
     def state(self) -> dict[str, Any]:
@@ -44,13 +53,12 @@ class Records:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up the rows and lines of a checkpoint, and nothing that came after it. wandb is given those that it
-        lacks."""
+        lacks, TensorBoard all."""
         self.rows, self.lines = Rows(**state["rows"]), state["lines"]
         self._rewrite_log()
-        if self._wandb:
-            steps = [_step_row(*rows) for rows in zip(self.rows.train, self.rows.speed, strict=True)]
-            for row in sorted([*steps, *map(_eval_row, self.rows.eval)], key=itemgetter("iter")):
-                self._wandb.log(row)
+        steps = [_step_row(*rows) for rows in zip(self.rows.train, self.rows.speed, strict=True)]
+        for row in sorted([*steps, *map(_eval_row, self.rows.eval)], key=itemgetter("iter")):
+            self._pass_on(row)
 
     def say(self, line: str) -> None:
         """A line for the screen and for training.log."""
@@ -82,15 +90,19 @@ class Records:
         facts += [f"{gpu_bytes / 1e9:.1f} GB"] if gpu_bytes else []
         facts += [f"{as_duration(seconds_left)} left"] if seconds_left else []
         self.say(f"iter {train['iter']}/{max_iters}: {', '.join(facts)}")
-        if self._wandb:
-            self._wandb.log(_step_row(train, speed))
+        self._pass_on(_step_row(train, speed))
 
     def log_eval(self, row: dict[str, Any]) -> None:
         """The row of one evaluation."""
         self.rows.eval.append(row)
         self.say(f"iter {row['iter']}: train loss {row['train_loss']:.4f}, val loss {row['val_loss']:.4f}")
+        self._pass_on(_eval_row(row))
+
+    def _pass_on(self, row: dict[str, Any]) -> None:
         if self._wandb:
-            self._wandb.log(_eval_row(row))
+            self._wandb.log(row)
+        if self._tensorboard:
+            self._tensorboard.log(row)
 
     def _rewrite_log(self) -> None:
         if self._writes:
@@ -101,11 +113,15 @@ class Records:
         self.publish()
         if self._wandb:
             self._wandb.finish(flatten(summary, "/"), model_sha256)
+        if self._tensorboard:
+            self._tensorboard.end()
 
     def break_off(self) -> None:
-        """Ends wandb's run as one that has not come to its end."""
+        """Ends the run for wandb, as one that has not come to its end, and for TensorBoard."""
         if self._wandb:
             self._wandb.end(exit_code=1)
+        if self._tensorboard:
+            self._tensorboard.end()
 
     def publish(self) -> None:
         """Writes the curves as they are now: train.tsv, eval.tsv and speed.tsv."""
@@ -124,7 +140,7 @@ def thin(rows: list[dict[str, Any]], most: int = MOST_ROWS) -> list[dict[str, An
 
 
 def _step_row(train: dict[str, Any], speed: dict[str, Any]) -> dict[str, Any]:
-    """What wandb is given of a logged step."""
+    """What wandb and TensorBoard are given of a logged step."""
     return {
         "iter": train["iter"],
         "lr": train["lr"],
@@ -136,5 +152,5 @@ def _step_row(train: dict[str, Any], speed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _eval_row(row: dict[str, Any]) -> dict[str, Any]:
-    """What wandb is given of an evaluation."""
+    """What wandb and TensorBoard are given of an evaluation."""
     return {"iter": row["iter"], "train/loss": row["train_loss"], "val/loss": row["val_loss"]}
