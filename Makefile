@@ -22,7 +22,7 @@ help:
 	@echo 'make docs    the documentation as a site, in site/'
 	@echo 'make setup   make .venv with the versions of requirements.lock'
 
-setup: .venv/ready .dvc/plots_template.html
+setup: .venv/ready .venv/bin/encore .dvc/plots_template.html
 
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 FAILED := echo 'encore: pip could not install it (see above); check the network and the disk, then run make again' >&2; exit 1
@@ -34,6 +34,10 @@ FAILED := echo 'encore: pip could not install it (see above); check the network 
 	@echo 'Installing requirements.lock into .venv; this takes some minutes the first time.'
 	@$(PIP) -r requirements.lock && $(PIP) --no-deps --no-build-isolation -e . || { $(FAILED); }
 	@touch $@
+
+# An older .venv may lack the command.
+.venv/bin/encore: | .venv/ready
+	@$(PIP) --no-deps --no-build-isolation -e . || { $(FAILED); }
 
 .dvc/plots_template.html: encore/report/plots_page.py encore/report/vega.py | .venv/ready
 	@$(BIN)/python -m encore.report.plots_page && dvc config --local plots.html_template plots_template.html

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import textwrap
 from contextlib import nullcontext
 from importlib import import_module
 
@@ -19,6 +20,10 @@ def test_every_command_has_a_main_and_a_line_in_the_help(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["encore", *arguments])
         main()
         assert capsys.readouterr().out == USAGE + "\n"
+
+
+def test_the_help_is_in_the_docs():
+    assert textwrap.indent(USAGE, "    ") in (ROOT / "docs/everyday.md").read_text()
 
 
 @pytest.mark.parametrize(
