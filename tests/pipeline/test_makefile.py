@@ -40,7 +40,8 @@ def folder(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "requirements.lock").touch()
     (tmp_path / ".venv/bin").mkdir(parents=True)
-    for name in ("encore/report/plots_page.py", "encore/report/vega.py", ".venv/ready", ".dvc/plots_template.html"):
+    sources = ("encore/report/plots_page.py", "encore/report/vega.py")
+    for name in (*sources, ".venv/ready", ".venv/bin/encore", ".dvc/plots_template.html"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / ".venv/bin/python").write_text(PYTHON)
