@@ -1,7 +1,7 @@
 """What training starts from: `init_from` is scratch, the name of published weights, or a folder of weights.
 
-A folder is one that model_folder.py or transformers has written: config.json and model.safetensors. The download stage
-brings the weights to data/init, where the train stage finds them without a network.
+A folder is one that model_folder.py or transformers has written: config.json and model.safetensors. The stage
+download_weights brings the weights to data/init, where the train stage finds them without a network.
 """
 
 import json
