@@ -22,6 +22,7 @@ def code_cells() -> list[str]:
     return ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 
 
+@pytest.mark.slow
 def test_importing_it_does_not_load_torch() -> None:
     """Most commands need none, and it takes two seconds."""
     code = "import encore, sys; assert 'torch' not in sys.modules; encore.load; assert 'torch' in sys.modules"

@@ -37,6 +37,7 @@ def test_a_wrong_command_is_a_sentence(word, hint, monkeypatch, capsys):
     assert capsys.readouterr().err == f"encore: no command {word}; {hint}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [["-m", "encore"], ["-c", "from encore.__main__ import main; main()"]])
 def test_a_command_tells_its_own_options(how):
     done = subprocess.run([sys.executable, *how, "generate", "--help"], cwd=ROOT, capture_output=True, text=True)

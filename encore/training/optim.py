@@ -67,7 +67,8 @@ def make_muon(
 def describe_groups(optimizers: list[torch.optim.Optimizer]) -> str:
     """One line that would show a wrong split at once."""
     return ", ".join(
-        f"{len(group['params'])} tensors ({sum(p.numel() for p in group['params']):,} numbers) "
+        f"{len(group['params'])} tensor{'s'[: len(group['params']) - 1]} "
+        f"({sum(p.numel() for p in group['params']):,} numbers) "
         f"by {type(optimizer).__name__} at {group['initial_lr']} with weight decay {group['weight_decay']}"
         for optimizer in optimizers
         for group in optimizer.param_groups

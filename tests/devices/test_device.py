@@ -146,6 +146,7 @@ device.find_hardware("float32", False)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "repeatable", "state"),
     [

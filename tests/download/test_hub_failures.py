@@ -17,6 +17,8 @@ from encore.errors import EncoreError
 from tests.hub import ALWAYS, COMMIT, LISTING, REPOSITORY, Fault, Hub, connected, serving
 from tests.text_sources import PLENTY, parquet_bytes, sha256, want
 
+pytestmark = pytest.mark.slow
+
 SECRET = "hf_SeCrEtToKeN"
 NAMES = [f"data/train-{number:05d}-of-00003.parquet" for number in range(3)]
 SHARDS = {name: parquet_bytes([name * 100]) for name in NAMES}

@@ -270,6 +270,7 @@ def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.slow
 def test_command_prints_the_revision(fetch_folder: Path) -> None:
     Path("a.txt").write_bytes(b"a")
     result = run_command("files:*.txt")
@@ -281,6 +282,7 @@ def test_command_prints_the_revision(fetch_folder: Path) -> None:
     assert run_command("files:a.txt", "files:b.txt").returncode == 2
 
 
+@pytest.mark.slow
 def test_command_uses_hf_endpoint_and_never_prints_the_token(fetch_folder: Path) -> None:
     with serving({"train.parquet": parquet_bytes(["a"])}) as server:
         server.token = SECRET

@@ -22,6 +22,8 @@ from encore.threads import Stopped
 from tests.hub import ALWAYS, COMMIT, REPOSITORY, Fault, Hub, connected, serving
 from tests.text_sources import sha256
 
+pytestmark = pytest.mark.slow
+
 CONTENT = Random(1).randbytes(200_000)
 NAME = "train.parquet"
 

@@ -44,6 +44,7 @@ def test_a_layer_keeps_only_what_enters_it(settings, tiny_params):
     assert kept[1] < kept[0] / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "nanochat"])
 def test_compiled_it_has_the_same_gradients(settings, tiny_params, traced):
     torch.manual_seed(0)

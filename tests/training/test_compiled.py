@@ -19,6 +19,8 @@ from tests.models.test_architectures import CONFIGS, random_model
 from tests.small_models import make_tokens
 from tests.small_runs import small_machine, trainer_in, weights_of
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 
@@ -41,7 +43,7 @@ def errors(actual, expected):
     ("name", "backend", "dtype"),
     [
         # Down to kernels, half a minute: the model that has all of ours. bench.gpu tries each, in each type, on a card.
-        pytest.param("nanochat-plus", "inductor", torch.float32, marks=pytest.mark.slow),
+        ("nanochat-plus", "inductor", torch.float32),
         *((name, "aot_eager", dtype) for name in CONFIGS for dtype in (torch.float32, torch.bfloat16)),
     ],
 )

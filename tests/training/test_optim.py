@@ -66,8 +66,8 @@ def test_steps_follow_the_formula(steps):
 
 def test_the_description_counts_tensors_and_numbers():
     assert describe_groups([make_adamw(torch.nn.Linear(50, 30), 0.1, (0.9, 0.95), 0.1)]) == (
-        "1 tensors (1,500 numbers) by AdamW at 0.1 with weight decay 0.1, "
-        "1 tensors (30 numbers) by AdamW at 0.1 with weight decay 0.0"
+        "1 tensor (1,500 numbers) by AdamW at 0.1 with weight decay 0.1, "
+        "1 tensor (30 numbers) by AdamW at 0.1 with weight decay 0.0"
     )
 
 

@@ -16,6 +16,8 @@ from encore.training.checkpoint import find_newest
 from tests.conftest import MODERN
 from tests.small_runs import NO_STOP, StopAfter, assert_same, run, small_machine, trainer_in, weights_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def make_trainer(tmp_path, tokens_folder, tiny_params):

@@ -16,6 +16,8 @@ from encore.training.metrics import Records
 from encore.training.wandb_evaluation import send_evaluation
 from encore.training.wandb_run import RECORD, WandbRun, find_run, start_wandb
 
+pytestmark = pytest.mark.slow
+
 wandb = pytest.importorskip("wandb")
 
 
