@@ -1,4 +1,4 @@
-"""What a `dvc repro` with nothing to do costs: Encore's pipeline against five stages that copy one small file.
+"""What a `dvc repro` with nothing to do costs: Encore's pipeline against as many stages that copy one small file.
 
     python -m bench.noop_repro [RUNS]
 
@@ -13,15 +13,18 @@ import tempfile
 import time
 from pathlib import Path
 
+from ruamel.yaml import YAML
+
 ROOT = Path(__file__).parent.parent
 RUNS = 9
+COUNT = len(YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"])
 
 
 def empty_pipeline(folder: Path) -> Path:
-    """A repository of five stages in a chain, run once."""
+    """A repository of as many stages as Encore has, in a chain, run once."""
     stages = "".join(
         f"  stage_{i}:\n    cmd: cp file_{i} file_{i + 1}\n    deps: [file_{i}]\n    outs: [file_{i + 1}]\n"
-        for i in range(5)
+        for i in range(COUNT)
     )
     folder.mkdir()
     (folder / "file_0").write_text("0\n")
@@ -51,7 +54,7 @@ def main() -> None:
     ours, theirs = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
     print(
-        f"no-op dvc repro, medians of {runs}: Encore {ours:.2f} s, five empty stages {theirs:.2f} s, ratio {ratio:.2f}"
+        f"no-op dvc repro, medians of {runs}: Encore {ours:.2f} s, {COUNT} empty stages {theirs:.2f} s, ratio {ratio:.2f}"
     )
 
 
