@@ -54,7 +54,8 @@ def main() -> None:
     ours, theirs = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
     print(
-        f"no-op dvc repro, medians of {runs}: Encore {ours:.2f} s, {COUNT} empty stages {theirs:.2f} s, ratio {ratio:.2f}"
+        f"no-op dvc repro, medians of {runs}: Encore {ours:.2f} s, {COUNT} empty stages {theirs:.2f} s, "
+        f"ratio {ratio:.2f}"
     )
 
 
