@@ -16,7 +16,7 @@ from encore.errors import EncoreError, run_stage
 from encore.evaluation.generate import generate
 from encore.evaluation.losses import SplitLoss, evaluate_split
 from encore.evaluation.tasks import run_tasks
-from encore.files import sha256_of, write_json, write_tsv, write_whole
+from encore.files import write_json, write_tsv, write_whole
 from encore.integrity import Verification
 from encore.models.architectures import Model
 from encore.notify import notify
@@ -87,7 +87,7 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
     samples = write_samples(params, model)
     write_whole(SAMPLES, as_markdown(params.start, samples).encode())
     record_stage("evaluate", METRICS, STARTED)
-    send_evaluation(MODEL, sha256_of(MODEL / RECORD), result, params.start, samples)
+    send_evaluation(MODEL, MODEL / RECORD, result, params.start, samples)
     notify(f"eval loss {split_loss.loss:.4f}{precision}")
 
 

@@ -61,11 +61,12 @@ def _check_network(names: list[str]) -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
+    address = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     try:
-        get_session().head(constants.ENDPOINT, timeout=SECONDS_TO_REACH)
+        get_session().head(address, timeout=SECONDS_TO_REACH)
     except Exception as error:  # whatever httpx raises: no such name, refused, a proxy that is none
         raise EncoreError(
-            f"evaluate_tasks: the data of {', '.join(names)} cannot be fetched, since {constants.ENDPOINT} cannot be "
+            f"evaluate_tasks: the data of {', '.join(names)} cannot be fetched, since {address} cannot be "
             f"reached ({error}); check the network and HF_ENDPOINT, or set evaluate_tasks: []"
         ) from None
 

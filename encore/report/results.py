@@ -105,7 +105,7 @@ def _need(revision: Revision, path: str) -> bytes:
     data = revision.read(path)
     if data is None:
         where = path if revision.commit is None else f"{path} of {revision.name}"
-        raise EncoreError(f"{where} is missing; a report wants a finished run, which `dvc repro` makes")
+        raise EncoreError(f"{where} is missing, so this run has not ended; `dvc repro` starts it or goes on with it")
     return data
 
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from encore.files import sha256_of
 from encore.json_files import flatten
 from encore.progress import note
 from encore.training.wandb_run import SECONDS_TO_FINISH, find_run, is_wanted
@@ -12,14 +13,15 @@ LOG_MODEL = ("true", "1", "end", "checkpoint")  # wandb's own words; the trained
 SLOWEST_BYTES_PER_SECOND = 1e6
 
 
-def send_evaluation(model: Path, model_sha256: str, result: dict[str, Any], start: str, samples: list[str]) -> None:
+def send_evaluation(model: Path, record: Path, result: dict[str, Any], start: str, samples: list[str]) -> None:
     """Adds to the run of the model in the folder `model`; a note says so where no such run is known here.
 
-    model_sha256: of the model's encore.json. result: what eval.json holds. Each sample follows the prompt `start`.
+    record: the model's encore.json, which others' models have not. result: what eval.json holds. Each sample follows
+    the prompt `start`.
     """
     if not is_wanted():
         return
-    run = find_run(model_sha256)
+    run = find_run(sha256_of(record)) if record.is_file() else None
     if run is None:
         note("wandb gets no evaluation: the model was not trained here with WANDB_MODE set, or trained again since")
         return

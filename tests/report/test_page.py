@@ -15,14 +15,13 @@ from typing import Any
 import pytest
 
 from encore.errors import EncoreError
-from encore.report import pipeline_graph, tables
+from encore.report import tables
 from encore.report.page import about_several, render
 from encore.report.results import add_clocks, load_results, read_params, read_tsv, split_samples
 from encore.report.revisions import find_revision
 from stages.evaluate import as_markdown
 from tests.browser import chromium_page
 from tests.conftest import PAGE, pipeline_environment
-from tests.sealed import with_seal
 
 
 def run_report(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -209,81 +208,6 @@ def test_differences(value: Any, first: Any, shown: str) -> None:
     assert tables.difference(value, first) == shown
 
 
-PIPELINE = {
-    "check": {"outs": ["checked"]},
-    "load": {"deps": ["checked", "code.py"], "outs": ["raw.txt", "init.txt"]},
-    "count": {"deps": ["raw.txt"], "metrics": [{"count.json": {"cache": False}}]},
-    "train": {"deps": ["raw.txt", "init.txt"], "outs": ["model.txt"], "plots": [{"loss.tsv": {"cache": False}}]},
-    "judge": {"deps": ["raw.txt", "model.txt"], "metrics": ["judge.json"]},
-}
-
-
-def line(stage: str, witness: str, content: str, run: str, pid: int = 7) -> dict[str, Any]:
-    """A line of the history, of a stage that wrote `content` in the dvc that started at second `run`."""
-    started = f"2026-01-01T00:00:{run}+00:00"
-    sha256 = hashlib.sha256(content.encode()).hexdigest()
-    return {
-        "stage": stage,
-        "started": started,
-        "seconds": 1.5,
-        "run": {"pid": pid, "started": started},
-        "witness": witness,
-        "sha256": sha256,
-    }
-
-
-def test_the_history_says_what_ran_and_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("checked", "raw.txt", "count.json", "model.txt", "judge.json"):
-        Path(name).write_text(name)
-    history = [
-        line("check", "checked", "checked", "10"),
-        line("load", "raw.txt", "raw.txt", "10"),
-        line("train", "model.txt", "model.txt", "10"),
-        line("judge", "judge.json", "judge.json", "40", pid=8),  # the same number of seconds, another process
-        line("train", "model.txt", "of other parameters", "40"),
-        line("count", "count.json", "count.json", "40.300"),  # the same process, its start read 0.3 s later
-        line("check", "checked", "checked", "40"),
-    ]
-    stages = {stage.name: stage for stage in pipeline_graph.read_stages(PIPELINE, history)}
-    assert {name: stage.status for name, stage in stages.items()} == {
-        "check": "ran",
-        "load": "cached",
-        "count": "ran",
-        "train": "cached",
-        "judge": "cached",
-    }
-    assert f"{stages['train'].started:%S}" == "10"
-    assert stages["judge"].reads == ["raw.txt", "model.txt"]
-    assert stages["train"].writes == ["model.txt", "loss.tsv"]
-    assert {stage.status for stage in pipeline_graph.read_stages(PIPELINE, [])} == {"elsewhere"}
-
-
-def test_the_drawing_has_the_arrows_that_no_others_imply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    drawing = pipeline_graph.draw(pipeline_graph.read_stages(PIPELINE, []))
-    arrows = {(before.stage.name, after.stage.name) for before, after in drawing.arrows}
-    assert arrows == {("check", "load"), ("load", "count"), ("load", "train"), ("train", "judge")}
-    rows = {box.stage.name: box.y for box in drawing.boxes}
-    assert rows["check"] < rows["load"] < rows["count"] == rows["train"] < rows["judge"]
-    assert all(box.x >= 0 and box.x + box.width <= drawing.width for box in drawing.boxes)
-    assert max(rows.values()) + pipeline_graph.BOX_HEIGHT < drawing.height
-
-
-def test_a_damaged_history_is_told_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("ENCORE_SCRATCH", str(tmp_path))
-    old = line("train", "model.txt", "x", "10")  # as Encore wrote it before there were seals
-    good = with_seal(old)
-    flipped = json.dumps(good).replace('"seconds": 1.5', '"seconds": 9.5')
-    lines = [json.dumps(good), '{"stage": "tra', "[]", "{}", flipped, json.dumps(old)]
-    (tmp_path / "history.jsonl").write_text("".join(f"{each}\n" for each in lines))
-    assert pipeline_graph.read_history() == [good, old]
-    numbers = re.findall(r"history\.jsonl, line (\d), is damaged", capsys.readouterr().err)
-    assert numbers == ["2", "3", "4", "5"]
-
-
 def write_output(repository: Path, name: str, data: bytes) -> None:
     """Puts other bytes in the place of an output, and their hash into dvc.lock, as DVC does."""
     lock = (repository / "dvc.lock").read_text()
@@ -323,7 +247,7 @@ def test_before_the_first_run_it_is_a_sentence(finished: Path) -> None:
     (finished / "metrics/eval.json").unlink()
     done = run_report(finished)
     assert done.returncode == 1
-    sentence = "metrics/eval.json is missing; a report wants a finished run, which `dvc repro` makes"
+    sentence = "metrics/eval.json is missing, so this run has not ended; `dvc repro` starts it or goes on with it"
     assert done.stderr == f"encore: {sentence}\n"
     assert not (finished / "report.html").exists()
 

@@ -94,5 +94,5 @@ def test_the_whole_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_before_the_first_run_it_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(EncoreError, match=r"^dvc\.lock is missing; a report wants a finished run, which `dvc repro`"):
+    with pytest.raises(EncoreError, match=r"^dvc\.lock is missing, so this run has not ended; `dvc repro`"):
         summary.main()

@@ -192,11 +192,11 @@ def test_a_run_is_found_by_its_model(offline):
 
 
 def test_an_evaluation_without_a_run_is_told_and_done_without(offline, monkeypatch, capsys):
-    send_evaluation(offline / "model", "ab" * 32, {"eval": {"loss": 1.0}}, "ab", ["c"])
+    send_evaluation(offline / "model", offline / "model/encore.json", {"eval": {"loss": 1.0}}, "ab", ["c"])
     sentence = "the model was not trained here with WANDB_MODE set, or trained again since"
     assert capsys.readouterr().err == f"encore: note: wandb gets no evaluation: {sentence}\n"
     monkeypatch.delenv("WANDB_MODE")
-    send_evaluation(offline / "model", "ab" * 32, {"eval": {"loss": 1.0}}, "ab", ["c"])
+    send_evaluation(offline / "model", offline / "model/encore.json", {"eval": {"loss": 1.0}}, "ab", ["c"])
     assert capsys.readouterr().err == ""
 
 
