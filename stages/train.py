@@ -228,9 +228,9 @@ def summarize(trainer: Trainer) -> dict[str, Any]:
     of_peak = {}
 
     def median_speed(key: str) -> float:
-        return median(row[key] for row in rows.speed)
+        return median(row[key] for row in rows.speed if key in row)  # a CPU's rows have no mfu
 
-    if peak:
+    if peak and any("mfu" in row for row in rows.speed):
         of_peak = {"peak_tflops": peak.flops_per_second / 1e12, "mfu": median_speed("mfu"), "mfu_basis": peak.basis}
     return {
         "val": {"loss": rows.eval[-1]["val_loss"]},

@@ -200,3 +200,8 @@ def test_floats_read_back_as_the_same_bits(tmp_path: Path) -> None:
 def test_a_value_that_is_missing_is_an_empty_cell(tmp_path: Path) -> None:
     write_tsv(tmp_path / "a.tsv", [{"iter": 1, "grad_norm": None, "lr": 0.5}])
     assert (tmp_path / "a.tsv").read_text() == "iter\tgrad_norm\tlr\n1\t\t0.5\n"
+
+
+def test_rows_with_other_columns_have_empty_cells(tmp_path):
+    write_tsv(tmp_path / "a.tsv", [{"iter": 1, "ms": 2.0}, {"iter": 2, "ms": 1.0, "mfu": 0.5}])
+    assert (tmp_path / "a.tsv").read_text() == "iter\tms\tmfu\n1\t2.0\t\n2\t1.0\t0.5\n"

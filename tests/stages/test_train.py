@@ -322,3 +322,23 @@ def test_the_summary_has_the_last_losses_and_the_median_speeds():
         "mfu_basis": "measured",
         "devices": 4,
     }
+
+
+def test_a_run_that_went_from_a_cpu_to_a_gpu_has_the_mfu_of_the_gpu_s_rows():
+    speed = {"ms_per_iter": 1.0, "tokens_per_second": 2.0, "tflops": 0.5}
+    rows = Rows(
+        train=[{"iter": 2, "loss": 4.0, "lr": 0.2, "grad_norm": 1.0}],
+        eval=[{"iter": 2, "train_loss": 4.5, "val_loss": 4.75}],
+        speed=[{"iter": 1, **speed}, {"iter": 2, **speed, "mfu": 0.25}],
+    )
+    trainer = SimpleNamespace(
+        records=SimpleNamespace(rows=rows),
+        hardware=SimpleNamespace(peak=Peak(3e12, "measured")),
+        iter=2,
+        tokens_per_step=64,
+        model=GPT2(GPT2Config(vocab_size=257, block_size=4, n_layer=1, n_head=1, n_embd=2, bias=False)),
+        ranks=Ranks(),
+    )
+    assert train.summarize(trainer)["mfu"] == 0.25
+    del rows.speed[1]["mfu"]
+    assert "mfu" not in train.summarize(trainer)
