@@ -45,8 +45,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Tab-separated values under a header; floats in the shortest form that reads back as the same bits. A cell is empty
-    where a row has None, or has no such column, as rows of a CPU have none for MFU where a GPU went on with the run."""
+    """Tab-separated values under a header; floats in the shortest form that reads back as the same bits.
+
+    A cell is empty where a row has None or no such column: a CPU's rows have no MFU where a GPU went on with the run.
+    """
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [["" if row.get(name) is None else repr(row[name]) for name in names] for row in rows]
     write_whole(path, "".join("\t".join(line) + "\n" for line in [names, *cells]).encode())
