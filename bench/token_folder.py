@@ -3,18 +3,21 @@
 from typing import Any
 
 from encore.tokens.encode import RULES
+from encore.tokens.token_files import Shard, sum_up
 
 
-def about(dataset: str, tokenizer: str, token_cap: int) -> dict[str, Any]:
+def about(dataset: str, tokenizer: str, shards: dict[str, list[Shard]]) -> dict[str, Any]:
     """For `encore.tokens.token_files.write_manifest`."""
-    return {
+    splits = {split: sum_up(of_split) for split, of_split in shards.items()}
+    source = {
+        "name": None,
         "dataset": dataset,
         "dataset_revision": "0" * 64,
         "licence": None,
-        "tokenizer": tokenizer,
-        "token_cap": token_cap,
-        "cap_reached": True,
         "whole_source": True,
-        "text_bytes_per_token": 4.4,
+        "token_cap": splits["train"]["tokens"],
+        "cap_reached": True,
         **dict.fromkeys(RULES, 0),
+        "splits": splits,
     }
+    return {"sources": [source], "tokenizer": tokenizer, "text_bytes_per_token": 4.4}

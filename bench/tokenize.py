@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -23,7 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 
+from encore.download.raw_folder import RawFile
 from encore.files import sha256_of
+from encore.json_files import write_sealed
 from encore.tokens.encode import count_workers
 from encore.tokens.ranks import write_ranks
 
@@ -90,20 +93,23 @@ def prepare(folder: Path, files: list[Path]) -> None:
     for number, file in enumerate(files):
         path = raw / f"{number:05d}.parquet"
         path.symlink_to(file)
-        listed.append({"name": path.name, "bytes": file.stat().st_size, "sha256": sha256_of(file)})
+        listed.append(asdict(RawFile(path.name, file.name, file.stat().st_size, sha256_of(file), documents=0)))
     ranks = raw / "gpt2.tiktoken"
     ranks.write_bytes(write_ranks(tiktoken.get_encoding("r50k_base")._mergeable_ranks))
     tokenizer = {"name": ranks.name, "sha256": sha256_of(ranks)}
-    manifest = {
+    source = {
+        "name": None,
         "dataset": f"files:{files[0].parent}/*.parquet",
         "dataset_revision": "0" * 64,
         "licence": None,
-        "files": listed,
-        "tokenizer": tokenizer,
+        "text_column": "text",
+        "source_files": len(files),
         "whole_source": True,
-        "text_bytes_per_token": 4.5,
+        "text_bytes": 0,
+        "repaired_documents": 0,
+        "files": listed,
     }
-    (raw / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(raw / "manifest.json", {"sources": [source], "text_bytes_per_token": 4.5, "tokenizer": tokenizer})
     page = (ROOT / "presets/gpt2-owt-4b.yaml").read_text()
     (folder / "params.yaml").write_text(page.replace("4_000_000_000", "1_000_000_000_000"))
     shutil.copy(ROOT / "dvc.yaml", folder)

@@ -68,7 +68,7 @@ def write_tokens(folder: Path, vocab_size: int) -> None:
         tokens[-1] = vocab_size - 1  # the end of the one document
         writer.add(tokens, np.array([count]), np.array([4 * count]))
         shards[split] = writer.finish()
-    write_manifest(folder, vocab_size, shards, about("files:made-up", "bpe", 3_000_000))
+    write_manifest(folder, vocab_size, shards, about("files:made-up", "bpe", shards))
 
 
 def make_trainer(folder: Path, sizes: dict[str, int], steps: int, compiles: bool) -> Trainer:

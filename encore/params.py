@@ -11,23 +11,14 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from encore.errors import EncoreError
+from encore.mixture import BY_SOURCE, SHARES, SOURCE, find_mismatches
 
 PAGE = Path("params.yaml")
 PIPELINE = Path("dvc.yaml")
 GPT2_VOCAB_SIZE = 50_257
 TINY = 1e-12
 NAME_BYTES = 255  # of file systems
-SOURCE = re.compile(
-    r"hf:[\w.-]+/[\w.-]+(/[\w./-]+)?"  # a Hub data set, and a folder in it where it has several
-    r"|files:.+"
-    r"|package:[A-Za-z0-9][\w.-]*"
-)
 STARTS = ("scratch", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-REVISIONS = {
-    "hf": (r"[0-9a-f]{40}", "the 40 hex digits of a commit"),
-    "files": (r"[0-9a-f]{64}", "the sha256 of the files"),
-    "package": (r"\d[\w.!+-]*", "a version"),
-}
 
 
 def _number(value: Any) -> Any:
@@ -84,6 +75,12 @@ def _revision(value: Any) -> Any:
     return value
 
 
+def _no_share(value: Any) -> Any:
+    if value is not None:
+        raise ValueError("it should be null, or with several sources the share of each, as {web: 0.8, code: 0.2}")
+    return value
+
+
 def _task(value: Any) -> Any:
     if not isinstance(value, str) or not re.fullmatch(r"[\w.+:-]+", value):
         raise ValueError("a task is a name of lm-eval's, as in [hellaswag, lambada_openai]")
@@ -97,6 +94,14 @@ Positive = Annotated[Integer, Field(ge=1, le=10**12)]
 Size = Annotated[Integer, Field(ge=1, le=2**24)]
 Rate = Annotated[Real, Field(gt=0, le=100), AfterValidator(_not_tiny)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
+Dataset = Annotated[
+    Text, AfterValidator(_name), BeforeValidator(lambda value: _source(value) if isinstance(value, str) else value)
+]
+Revision = Annotated[Text, BeforeValidator(_revision)]
+NoShare = Annotated[None, BeforeValidator(_no_share)]
+Share = Annotated[Real, Field(gt=0, le=1)]
+# Keys that may have a value for each source by its name, and what each is where there is one source.
+OF_SOURCE: dict[str, Any] = {"dataset": Dataset, "dataset_revision": Revision, "text_column": Text, SHARES: NoShare}
 
 
 class Params(BaseModel):
@@ -104,11 +109,10 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    dataset: Annotated[
-        Text, AfterValidator(_name), BeforeValidator(lambda value: _source(value) if isinstance(value, str) else value)
-    ]
-    dataset_revision: Annotated[Text, BeforeValidator(_revision)]
-    text_column: Text
+    dataset: Dataset | dict[str, Dataset]
+    dataset_revision: Revision | dict[str, Revision]
+    dataset_share: NoShare | dict[str, Share]
+    text_column: Text | dict[str, Text]
     shard_order: Literal["by_name", "shuffled"]
     tokenizer: Literal["bpe", "gpt2"]
     vocab_size: Annotated[Integer, Field(ge=257, le=2**31)]
@@ -228,11 +232,30 @@ def find_problems(page: dict[str, Any]) -> list[str]:
             problems.append(f"{key}: missing; presets/quickstart.yaml has a line for it")
             continue
         annotation: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        value = page[key]
+        if key in OF_SOURCE and isinstance(value, dict) and value:
+            of_source, wrong = _validate_by_source(key, value)
+            problems += wrong
+            if not wrong:
+                valid[key] = of_source
+            continue
         try:
-            valid[key] = TypeAdapter(annotation).validate_python(page[key])
+            valid[key] = TypeAdapter(OF_SOURCE.get(key, annotation)).validate_python(value)
         except ValidationError as error:
-            problems.append(f"{key}: {_quote(page[key])} will not do; {_why(error)}")
+            problems.append(f"{key}: {_quote(value)} will not do; {_why(error)}")
     return problems + _find_conflicts(valid)
+
+
+def _validate_by_source(key: str, values: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The valid values of a key that has one for each source, and a sentence for each of the others."""
+    valid, problems = {}, []
+    for name, value in values.items():
+        annotation = Share if key == SHARES else OF_SOURCE[key]
+        try:
+            valid[name] = TypeAdapter(annotation).validate_python(value)
+        except ValidationError as error:
+            problems.append(f"{key}.{name}: {_quote(value)} will not do; {_why(error)}")
+    return valid, problems
 
 
 def find_warnings(params: Params) -> list[str]:
@@ -270,14 +293,8 @@ def _find_conflicts(valid: dict[str, Any]) -> list[str]:
         problems += _find_wrong_warmdown(valid)
     if have("tokenizer", "vocab_size") and valid["tokenizer"] == "gpt2" and valid["vocab_size"] != GPT2_VOCAB_SIZE:
         problems.append(f"vocab_size: {valid['vocab_size']} will not do; the gpt2 tokenizer has {GPT2_VOCAB_SIZE}")
-    if have("dataset", "dataset_revision"):
-        kind = valid["dataset"].split(":")[0]
-        pattern, meaning = REVISIONS[kind]
-        if not re.fullmatch(pattern, valid["dataset_revision"]):
-            problems.append(
-                f"dataset_revision: {_quote(valid['dataset_revision'])} will not do; {kind}: wants {meaning}, "
-                f"which `encore sources '{valid['dataset']}'` prints"
-            )
+    if have(*BY_SOURCE, SHARES):
+        problems += find_mismatches(valid)
     return problems
 
 

@@ -42,9 +42,10 @@ class RanksEntry(TypedDict):
 
 
 @with_config(EXACTLY)
-class RawManifest(TypedDict):
-    """data/raw/manifest.json."""
+class RawSource(TypedDict):
+    """The text of one source. name: None where it is the only one."""
 
+    name: str | None
     dataset: str
     dataset_revision: str
     licence: str | None
@@ -52,9 +53,16 @@ class RawManifest(TypedDict):
     source_files: Count
     whole_source: bool
     text_bytes: Count
-    text_bytes_per_token: float
     repaired_documents: Count
     files: list[RawFileEntry]
+
+
+@with_config(EXACTLY)
+class RawManifest(TypedDict):
+    """data/raw/manifest.json."""
+
+    sources: list[RawSource]
+    text_bytes_per_token: float
     tokenizer: RanksEntry | None
     own_sha256: Sha256
 
@@ -71,23 +79,43 @@ class ShardEntry(TypedDict):
 
 
 @with_config(EXACTLY)
-class TokenManifest(TypedDict):
-    """data/tokens/manifest.json. shards: of train and of val."""
+class SplitOfSource(TypedDict):
+    """What of a split comes from one source: so many of its shards, and what they hold."""
 
+    shards: Count
+    tokens: Count
+    documents: Count
+    text_bytes: Count
+
+
+@with_config(EXACTLY)
+class TokenSource(TypedDict):
+    """What comes from one source. name: None where it is the only one. token_cap: its share of the cap. splits: train
+    and val."""
+
+    name: str | None
     dataset: str
     dataset_revision: str
     licence: str | None
+    whole_source: bool
+    token_cap: Count
+    cap_reached: bool
+    empty_documents: Count
+    documents_with_end_of_text: Count
+    cut_documents: Count
+    splits: dict[str, SplitOfSource]
+
+
+@with_config(EXACTLY)
+class TokenManifest(TypedDict):
+    """data/tokens/manifest.json. shards: of train and of val, each source's behind those of the one before."""
+
+    sources: list[TokenSource]
     dtype: str
     vocab_size: Count
     tokenizer: str
     tokenizer_sha256: Sha256
-    token_cap: Count
-    cap_reached: bool
-    whole_source: bool
     text_bytes_per_token: float
-    empty_documents: Count
-    documents_with_end_of_text: Count
-    cut_documents: Count
     shards: dict[str, list[ShardEntry]]
     own_sha256: Sha256
 

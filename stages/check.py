@@ -10,6 +10,7 @@ import sys
 from encore.code import FOLDER, describe_code
 from encore.errors import EncoreError, run_stage
 from encore.files import whole_folder
+from encore.mixture import list_sources
 from encore.params import PAGE, check_page, find_warnings, list_problems
 from encore.pipeline.experiment_copy import check_copied
 from encore.pipeline.stage_history import record_stage
@@ -21,7 +22,8 @@ STAGES = ("download", "download_weights", "download_tasks", "tokenize", "train",
 
 def main() -> None:
     params = check_page(PAGE)
-    check_copied(params.dataset, params.init_from)
+    for source in list_sources(params):
+        check_copied(source.dataset, params.init_from)
     if misfits := find_misfits(params.model_dump()):
         raise EncoreError(list_problems(PAGE, misfits))
     for warning in find_warnings(params):

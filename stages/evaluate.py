@@ -75,10 +75,13 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
             "set dtype: float32"
         )
 
-    result = {"eval": summarize(split_loss, seconds)}
-    error = split_loss.standard_error
-    precision = " (one document, so no standard error)" if error is None else f" ± {error:.4f}"
-    print(f"eval loss {split_loss.loss:.4f}{precision} over {result['eval']['tokens']:,} tokens")
+    result = {"eval": {**summarize(split_loss), "tokens_per_second": float(split_loss.tokens.sum()) / seconds}}
+    if by_source := {name: summarize(of_source) for name, of_source in split_loss.by_source.items()}:
+        result["eval"]["source"] = by_source
+    losses = with_precision(split_loss)
+    print(f"eval loss {losses} over {result['eval']['tokens']:,} tokens")
+    for name, of_source in split_loss.by_source.items():
+        print(f"{name}: {with_precision(of_source)} over {by_source[name]['tokens']:,} tokens")
     rows = enumerate(split_loss.loss_by_position, start=1)
     write_tsv(BY_POSITION, [{"position": position, "loss": loss} for position, loss in rows])
     if scores := run_tasks(params.evaluate_tasks, TASKS, MODEL, str(find_device())):
@@ -88,20 +91,24 @@ def evaluate(params: StageParams, ranks: Ranks) -> None:
     write_whole(SAMPLES, as_markdown(params.start, samples).encode())
     record_stage("evaluate", METRICS, STARTED)
     send_evaluation(MODEL, MODEL / RECORD, result, params.start, samples)
-    notify(f"eval loss {split_loss.loss:.4f}{precision}")
+    notify(f"eval loss {losses}")
 
 
-def summarize(split_loss: SplitLoss, seconds: float) -> dict[str, Any]:
-    """The numbers of eval.json."""
-    tokens = int(split_loss.tokens.sum())
+def with_precision(split_loss: SplitLoss) -> str:
+    """The loss and its standard error."""
+    error = split_loss.standard_error
+    return f"{split_loss.loss:.4f}" + (" (one document, so no standard error)" if error is None else f" ± {error:.4f}")
+
+
+def summarize(split_loss: SplitLoss) -> dict[str, Any]:
+    """The numbers of eval.json, of a whole split or of a source's part of it."""
     return {
         "loss": split_loss.loss,
         "loss_standard_error": split_loss.standard_error,
         "perplexity": split_loss.perplexity,
         "bits_per_byte": split_loss.bits_per_byte,
-        "tokens": tokens,
+        "tokens": int(split_loss.tokens.sum()),
         "documents": len(split_loss.tokens),
-        "tokens_per_second": tokens / seconds,
     }
 
 

@@ -202,10 +202,9 @@ def check_disk(trainer: Trainer) -> None:
 def write_results(trainer: Trainer, model: Model) -> None:
     """model/, the metrics and the last state of the curves."""
     records, tokens = trainer.records, trainer.train.split
-    keys = ("dataset", "dataset_revision", "licence", "tokenizer", "vocab_size")
     record = {
         "params": trainer.params.as_dict(),
-        "data": {**{key: tokens.manifest[key] for key in keys}, "train_tokens": tokens.tokens},
+        "data": describe_data(tokens),
         **hash_inputs(trainer.params),
         "iter": trainer.iter,
         "code": trainer.code,
@@ -220,6 +219,21 @@ def write_results(trainer: Trainer, model: Model) -> None:
     records.finish(summary, sha256_of(MODEL / RECORD))
     losses = f"train loss {summary['train']['loss']:.4f}, val loss {summary['val']['loss']:.4f}"
     notify(f"ended at iteration {trainer.iter:,}, {losses}")
+
+
+def describe_data(tokens: TokenSplit) -> dict[str, Any]:
+    """What the model learned from. tokens: the train split."""
+    manifest = tokens.manifest
+    keys = ("name", "dataset", "dataset_revision", "licence")
+    return {
+        "sources": [
+            {**{key: source[key] for key in keys}, "train_tokens": source["splits"]["train"]["tokens"]}  # type: ignore
+            for source in manifest["sources"]
+        ],
+        "tokenizer": manifest["tokenizer"],
+        "vocab_size": manifest["vocab_size"],
+        "train_tokens": tokens.tokens,
+    }
 
 
 def summarize(trainer: Trainer) -> dict[str, Any]:

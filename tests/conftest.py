@@ -24,8 +24,8 @@ from ruamel.yaml import YAML
 from encore.files import write_whole
 from encore.params import StageParams
 from encore.tokens.ranks import write_ranks
-from encore.tokens.token_files import RANKS_FILE, SPLITS, ShardWriter, token_dtype, write_manifest
-from tests.token_folders import ABOUT
+from encore.tokens.token_files import RANKS_FILE, SPLITS, ShardWriter, shards_as_json, token_dtype, write_manifest
+from tests.token_folders import about
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "presets" / "gpt2-sympy.yaml"  # what tests change a few values of
@@ -110,7 +110,8 @@ def write_tokens(folder: Path, train: np.ndarray, val: np.ndarray, vocab_size: i
         writer = ShardWriter(folder, split, dtype, shard_tokens)
         writer.add(tokens.astype(dtype), np.array([len(tokens)]), np.array([3 * len(tokens)]))
         shards[split] = writer.finish()
-    write_manifest(folder, vocab_size, shards, {**ABOUT, "token_cap": len(train), "whole_source": True})
+    entries = {split: shards_as_json(of_split) for split, of_split in shards.items()}
+    write_manifest(folder, vocab_size, shards, about(entries, token_cap=len(train), whole_source=True))
 
 
 @pytest.fixture

@@ -57,19 +57,19 @@ def write_raw(
     if ranks is not None:
         (folder / "published.tiktoken").write_bytes(ranks)
         tokenizer = {"name": "published.tiktoken", "sha256": sha256(ranks).hexdigest()}
-    source = {"dataset": "package:made-up", "dataset_revision": "1.0", "licence": "MIT"}
-    manifest = {
-        **source,
+    source = {
+        "name": None,
+        "dataset": "package:made-up",
+        "dataset_revision": "1.0",
+        "licence": "MIT",
         "text_column": "text",
         "source_files": len(files),
         "whole_source": True,
         "text_bytes": sum(len((text or "").encode()) for text in texts),
-        "text_bytes_per_token": 6.0,
         "repaired_documents": 0,
         "files": files,
-        "tokenizer": tokenizer,
     }
-    manifest = with_seal(manifest)
+    manifest = with_seal({"sources": [source], "text_bytes_per_token": 6.0, "tokenizer": tokenizer})
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return manifest
 
@@ -99,7 +99,7 @@ def joined(folder: dict[str, bytes], split: str) -> bytes:
 def stage_params(**changes: Any) -> StageParams:
     """The tokenize stage's parameters."""
     values = {
-        "text_column": "text",
+        "dataset_share": None,
         "tokenizer": "bpe",
         "vocab_size": VOCAB_SIZE,
         "token_cap": PLENTY,

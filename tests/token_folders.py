@@ -10,20 +10,30 @@ from encore.tokens.ranks import write_ranks
 from tests.sealed import change_sealed, write_with_seal
 
 Documents = list[list[int]]
-# What a manifest says beside what the bytes tell.
-ABOUT = {
+# What a manifest says of a source beside what the bytes tell.
+SOURCE = {
+    "name": None,
     "dataset": "package:made-up",
     "dataset_revision": "1.0",
     "licence": "MIT",
-    "tokenizer": "bpe",
+    "whole_source": False,
     "token_cap": 1000,
     "cap_reached": True,
-    "whole_source": False,
-    "text_bytes_per_token": 4.5,
     "empty_documents": 0,
     "documents_with_end_of_text": 0,
     "cut_documents": 0,
 }
+
+
+def about(shards: dict[str, list[dict[str, Any]]], **changes: Any) -> dict[str, Any]:
+    """What a manifest with one source says beside what the bytes tell. changes: of SOURCE and of the rest."""
+    whats = ("tokens", "documents", "text_bytes")
+    splits = {
+        split: {"shards": len(entries), **{what: sum(entry[what] for entry in entries) for what in whats}}
+        for split, entries in shards.items()
+    }
+    source = {key: changes.pop(key, value) for key, value in {**SOURCE, "splits": splits}.items()}
+    return {"tokenizer": "bpe", "text_bytes_per_token": 4.5, "sources": [source], **changes}
 
 
 def make_ranks(vocab_size: int) -> dict[bytes, int]:
@@ -78,11 +88,9 @@ def write_token_folder(
             shards[split].append({**entry, "sha256": hashlib.sha256(data).hexdigest()})
     tokens = sum(map(len, train))
     manifest = {
-        **ABOUT,
         "dtype": dtype,
         "vocab_size": vocab_size,
         "tokenizer_sha256": hashlib.sha256((folder / "tokenizer.tiktoken").read_bytes()).hexdigest(),
-        "token_cap": tokens,
         "shards": shards,
     }
-    write_with_seal(folder / "manifest.json", {**manifest, **changes})
+    write_with_seal(folder / "manifest.json", {**manifest, **about(shards, **{"token_cap": tokens, **changes})})

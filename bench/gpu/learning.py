@@ -90,5 +90,5 @@ def encode_folder(texts: Path, folder: Path) -> None:
         folder,
         tokenizer.n_vocab,
         shards,
-        about("files:english", "gpt2", sum(shard.tokens for shard in shards["train"])),
+        about("files:english", "gpt2", shards),
     )

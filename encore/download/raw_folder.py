@@ -54,14 +54,16 @@ class BrokenParquet(EncoreError):
 
 
 class RawFolder:
-    """The folder while it is filled. files: what it holds. text_bytes: how much UTF-8 text that is.
+    """The folder while a source fills it. files: what is of that source, the first of which has the number
+    `first_number`. text_bytes: how much UTF-8 text that is.
 
     source_files: how many files of text the source has. whole_source: whether all of their text is here.
     licence: of the text, as the source names it.
     """
 
-    def __init__(self, folder: Path, text_column: str, wanted_text_bytes: int) -> None:
+    def __init__(self, folder: Path, text_column: str, wanted_text_bytes: int, first_number: int = 0) -> None:
         self.folder, self.text_column, self.wanted_text_bytes = folder, text_column, wanted_text_bytes
+        self.first_number = first_number
         self.files: list[RawFile] = []
         self.text_bytes = 0
         self.repaired_documents = 0
@@ -115,7 +117,7 @@ class RawFolder:
     def _next_path(self, stem: str) -> Path:
         """A number keeps names apart and in order; what is kept of `stem` cannot lead out of the folder."""
         safe = re.sub(r"[^A-Za-z0-9_.-]", "_", stem)[:100]
-        return self.folder / f"{len(self.files):05d}-{safe}.parquet"
+        return self.folder / f"{self.first_number + len(self.files):05d}-{safe}.parquet"
 
     def _add(self, path: Path, source: str, sha256: str, documents: int) -> None:
         self.files.append(RawFile(path.name, source, path.stat().st_size, sha256, documents))

@@ -23,7 +23,7 @@ from encore.download.readers import COMPRESSIONS, PARQUET, read_documents, read_
 from encore.download.retries import TransferError
 from encore.errors import EncoreError
 from encore.files import check_room, link_or_copy, sha256_of, write_whole
-from encore.params import SOURCE
+from encore.mixture import SOURCE
 from encore.progress import note
 
 GPT2_RANKS_FILE = "r50k_base.tiktoken"
@@ -45,15 +45,16 @@ class Wanted:
     split_seed: int
 
 
-def fetch(dataset: str, revision: str, wanted: Wanted, folder: Path, scratch: Path) -> RawFolder:
-    """Fills `folder` with parquet files that hold the text column, in the order of their documents.
+def fetch(dataset: str, revision: str, wanted: Wanted, folder: Path, scratch: Path, first_number: int = 0) -> RawFolder:
+    """Fills `folder` with parquet files that hold the text column, in the order of their documents, numbered from
+    `first_number` on.
 
     A package is taken as a whole; of local files and the Hub's, what gives the text that is wanted. Downloads are kept
     in `scratch`. Raises EncoreError where the source is not the one that `revision` pins, cannot be reached or cannot
     be read.
     """
     kind, place = dataset.split(":", 1)
-    raw = RawFolder(folder, wanted.text_column, wanted.text_bytes)
+    raw = RawFolder(folder, wanted.text_column, wanted.text_bytes, first_number)
     if kind == "package":
         _fetch_package(place, revision, raw)
     elif kind == "files":

@@ -5,7 +5,7 @@ document and each position in the context has.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from encore.devices.device import autocast
 from encore.devices.distributed import ALONE, Ranks
 from encore.models.architectures import Model
 from encore.tokens.batches import Batch, Windows
-from encore.tokens.token_files import TokenSplit
+from encore.tokens.token_files import SourceRange, TokenSplit
 
 TOKENS_AT_ONCE = 2**24  # of a split that is searched for the ends of its documents
 
@@ -48,13 +48,30 @@ def sum_losses(model: Model, batches: Iterable[Batch], device: torch.device, dty
 @dataclass(frozen=True)
 class SplitLoss:
     """The loss of a whole split, float64 sums. nats, tokens: by document, (D,). nats_at, tokens_at: by position in the
-    context, (T,), where the first has seen one token. text_bytes: UTF-8 bytes of the split's text."""
+    context, (T,), where the first has seen one token. text_bytes: UTF-8 bytes of the split's text. sources: where each
+    source of a mixture lies in it."""
 
     nats: np.ndarray
     tokens: np.ndarray
     nats_at: np.ndarray
     tokens_at: np.ndarray
     text_bytes: int
+    sources: Sequence[SourceRange] = ()
+
+    @property
+    def by_source(self) -> dict[str, "SplitLoss"]:
+        """Of each source of a mixture by its name, without the losses by position; empty where there is one source."""
+        nowhere = np.zeros(0)
+        return {
+            source.name: SplitLoss(
+                self.nats[source.documents.start : source.documents.stop],
+                self.tokens[source.documents.start : source.documents.stop],
+                nowhere,
+                nowhere,
+                source.text_bytes,
+            )
+            for source in self.sources
+        }
 
     @property
     def loss(self) -> float:
@@ -116,7 +133,7 @@ def evaluate_split(
             count_tokens(losses.size)
     for sums in (nats, tokens, nats_at, tokens_at):
         ranks.sum(torch.from_numpy(sums))  # the same memory
-    return SplitLoss(nats, tokens, nats_at, tokens_at, windows.split.text_bytes)
+    return SplitLoss(nats, tokens, nats_at, tokens_at, windows.split.text_bytes, windows.split.sources)
 
 
 def find_document_ends(split: TokenSplit) -> np.ndarray:

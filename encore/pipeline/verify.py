@@ -19,7 +19,7 @@ from encore.progress import Progress
 from encore.schemas import CacheEntry, CheckpointState, InitManifest, LockedFile, Lockfile, TasksManifest
 from encore.scratch import scratch_folder
 from encore.threads import Threads
-from encore.tokens.documents import read_raw_manifest
+from encore.tokens.documents import list_files, read_raw_manifest
 from encore.tokens.token_files import token_hashes
 
 MANIFEST = "manifest.json"
@@ -91,9 +91,7 @@ def group_of(folder: Path, list_hashes: Callable[[Path], dict[str, str]], output
 
 
 def list_raw(folder: Path) -> dict[str, str]:
-    manifest = read_raw_manifest(folder)
-    files = [*manifest["files"], *([manifest["tokenizer"]] if manifest["tokenizer"] else [])]
-    return {file["name"]: file["sha256"] for file in files}
+    return {file["name"]: file["sha256"] for file in list_files(read_raw_manifest(folder))}
 
 
 def list_model(folder: Path) -> dict[str, str]:

@@ -69,8 +69,10 @@ def model_facts(folder: Path, model: Model) -> str:
     ]
     record = read_record(folder)
     if record and (data := record.get("data")):
-        dataset, revision = (as_markdown_code(str(data[key])) for key in ("dataset", "dataset_revision"))
-        facts.append(f"trained on {dataset} at {revision}")
+        # A record from before there were several sources has the one's keys itself.
+        pairs = [[source[key] for key in ("dataset", "dataset_revision")] for source in data.get("sources", [data])]
+        described = (" at ".join(as_markdown_code(str(value)) for value in pair) for pair in pairs)
+        facts.append(f"trained on {', '.join(described)}")
     return f"{as_markdown_code(str(folder))}: " + " · ".join(facts)
 
 

@@ -15,6 +15,7 @@ from encore.pretrained.markup import as_markdown, as_markdown_code
 from encore.pretrained.nanochat_hub import MODELING, PLUS
 
 CARD = "README.md"
+NO_LICENCE = "not named by the source: look there before you publish"
 TITLES = {
     "gpt2": "A GPT-2",
     "nanochat": "A nanochat model",
@@ -47,19 +48,21 @@ HUB_LICENCES = {
 def describe_for_hub(record: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
     """What the Hub lists and searches models by, of what `write_card` gets.
 
-    The licence is the data's, where it has one of the Hub's names. The language of the data is not known.
+    The licence is the data's, where that has one for all its sources and it is one of the Hub's names. The language of
+    the data is not known.
     """
-    data, architecture = record["data"], record["params"]["architecture"]
-    kind, _, place = data["dataset"].partition(":")
-    repository = "/".join(place.split("/")[:2]) if kind == "hf" else None
-    licence = (data["licence"] or "").lower()
+    sources, architecture = record["data"]["sources"], record["params"]["architecture"]
+    repositories = list(filter(None, map(_repository, sources)))
+    licences = {(source["licence"] or "").lower() for source in sources}
+    licence = licences.pop() if len(licences) == 1 else None
+    whole = " + ".join(source["dataset"] for source in sources)
     result = {
         "task": {"type": "text-generation"},
         "dataset": {
-            "type": repository or data["dataset"],
-            "name": data["dataset"],
+            "type": repositories[0] if len(sources) == len(repositories) == 1 else whole,
+            "name": whole,
             "split": "val",
-            "revision": data["dataset_revision"],
+            "revision": " + ".join(source["dataset_revision"] for source in sources),
         },
         "metrics": [
             {
@@ -74,9 +77,20 @@ def describe_for_hub(record: dict[str, Any], summary: dict[str, Any]) -> dict[st
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["encore", architecture],
-        **({"datasets": [repository]} if repository else {}),
+        **({"datasets": repositories} if repositories else {}),
         "model-index": [{"name": f"encore-{architecture}", "results": [result]}],
     }
+
+
+def _repository(source: dict[str, Any]) -> str | None:
+    """The Hub's name of a source of data, None for one from elsewhere."""
+    kind, _, place = source["dataset"].partition(":")
+    return "/".join(place.split("/")[:2]) if kind == "hf" else None
+
+
+def _describe_source(source: dict[str, Any], train_tokens: int) -> str:
+    share = f" ({source['train_tokens'] / train_tokens:.1%})" if source["name"] else ""
+    return f"{as_markdown_code(source['dataset'])} at {as_markdown_code(source['dataset_revision'])}{share}"
 
 
 def _as_yaml(value: dict[str, Any]) -> str:
@@ -90,8 +104,8 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
     data, params, versions = record["data"], record["params"], record["versions"]
     is_plus = params["architecture"] == PLUS
     facts = {
-        "data": f"{as_markdown_code(data['dataset'])} at {as_markdown_code(data['dataset_revision'])}",
-        "licence of the data": as_markdown(data["licence"] or "not named by the source: look there before you publish"),
+        "data": "; ".join(_describe_source(source, data["train_tokens"]) for source in data["sources"]),
+        "licence of the data": "; ".join(as_markdown(source["licence"] or NO_LICENCE) for source in data["sources"]),
         "tokens": f"{summary['tokens_seen']:,} seen, {data['train_tokens']:,} in the training split",
         "tokenizer": f"{as_markdown_code(data['tokenizer'])}, {data['vocab_size']:,} ids",
         "parameters": f"{summary['parameters']:,}",

@@ -10,6 +10,7 @@ from encore.report.results import Results, Row
 HEIGHT = 260
 BILLIONS = "replace(format(datum.value, '~s'), 'G', 'B')"  # a thousand million tokens are 1B
 SERIES = ["single steps", "train", "val"]
+VAL_OF = "val_loss_"  # and the name of a source of a mixture: a column of eval.tsv
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,20 @@ def datasets(runs: list[Results]) -> dict[str, list[Row]]:
             losses += [_loss(run, row, SERIES[0], "loss") for row in run.curves["train"]]
         for series in SERIES[1:]:
             losses += [_loss(run, row, series, f"{series}_loss") for row in run.curves["eval"]]
+        if len(runs) == 1:
+            for source in _sources(run):
+                losses += [_loss(run, row, f"val, {source}", VAL_OF + source) for row in run.curves["eval"]]
     return {
         "losses": losses,
         "train": [{"run": run.name, **row} for run in runs for row in run.curves["train"]],
         "speed": [{"run": run.name, **row} for run in runs for row in run.curves["speed"]],
         "position": [{"run": run.name, **row} for run in runs for row in run.positions],
     }
+
+
+def _sources(run: Results) -> list[str]:
+    """The sources of a mixture whose val loss the run has."""
+    return [column.removeprefix(VAL_OF) for column in run.curves["eval"][0] if column.startswith(VAL_OF)]
 
 
 def _loss(run: Results, row: Row, series: str, column: str) -> Row:
@@ -52,8 +61,8 @@ def figures(runs: list[Results]) -> list[Figure]:
 
     def losses(x: alt.X) -> dict[str, Any]:
         chart = _base("losses", x, "loss").transform_calculate(time=f"datum.hours * {per_hour}")
-        series = alt.Scale(domain=SERIES if len(runs) == 1 else SERIES[1:])
         if len(runs) == 1:
+            series = alt.Scale(domain=[*SERIES, *(f"val, {source}" for source in _sources(runs[0]))])
             # What is measured the same way each time stands out from the noise of single steps.
             width = alt.condition(f"datum.series == '{SERIES[0]}'", alt.value(1), alt.value(2))
             chart = chart.encode(color=alt.Color("series:N", title=None, scale=series), strokeWidth=width)

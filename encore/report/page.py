@@ -24,7 +24,10 @@ from encore.schemas import Pipeline
 PAGE = Path("report.html")
 TEMPLATE = "report_template.html"
 # Where one of these differs, a token is not the same thing in all runs, or the held-out text is another.
-TEXT_KEYS = {"dataset", "dataset_revision", "text_column", "tokenizer", "vocab_size", "val_fraction", "split_seed"}
+TEXT_KEYS = {
+    *("dataset", "dataset_revision", "dataset_share", "text_column"),
+    *("tokenizer", "vocab_size", "val_fraction", "split_seed"),
+}
 
 
 def main() -> None:

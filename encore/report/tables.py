@@ -92,12 +92,21 @@ def _lists_code(path: str) -> bool:
     return path.startswith(f"{FOLDER}/")
 
 
+def describe_data(params: dict[str, Any]) -> str:
+    """What `dataset` and its company say, of each source."""
+    dataset, revision = params["dataset"], params["dataset_revision"]
+    if not isinstance(dataset, dict):
+        return f"{dataset} at {revision}"
+    shares = params["dataset_share"]
+    return "; ".join(f"{shares[name]:.4g} {dataset[name]} at {revision[name]}" for name in sorted(dataset))
+
+
 def provenance(run: Results, revision: Revision) -> dict[str, str]:
     """Where a run came from, a fact by its name. What neither the cache nor a remote has is left out."""
     params = {param.key: param.value for param in run.params}
     log, record = revision.read_output("training.log"), revision.read_output("model/encore.json")
     facts = {
-        "data": f"{params['dataset']} at {params['dataset_revision']}",
+        "data": describe_data(params),
         **{
             f"{path} (md5 in dvc.lock)": md5
             for path in ("data/raw", "data/tokens", "model")

@@ -82,6 +82,18 @@ class Windows:
         count = min(count, self.count)
         return np.arange(count, dtype=np.int64) * self.count // count
 
+    def spread_by_source(self, count: int) -> dict[str | None, np.ndarray]:
+        """`spread`, for each source of a mixture by its share of the split: of the windows that are wholly its own, at
+        least one. A source that has none is left out. Without a mixture, all by the name None."""
+        spread: dict[str | None, np.ndarray] = {}
+        for source in self.split.sources:
+            first = -(-source.tokens.start // self.block_size)
+            its_own = (source.tokens.stop - 1) // self.block_size - first
+            its_count = min(its_own, max(1, round(count * len(source.tokens) / self.split.tokens)))
+            if its_count > 0:
+                spread[source.name] = first + np.arange(its_count, dtype=np.int64) * its_own // its_count
+        return spread or {None: self.spread(count)}
+
     def in_batches(self, indices: np.ndarray, batch_size: int) -> Iterator[Batch]:
         """`batch` of `batch_size` windows at a time, the last one what is left."""
         for start in range(0, len(indices), batch_size):

@@ -29,7 +29,7 @@ from encore.errors import EncoreError
 from encore.params import StageParams, load_params
 from encore.progress import Progress
 from encore.scratch import scratch_folder
-from encore.tokens.documents import check_files, check_raw, read_raw_manifest
+from encore.tokens.documents import check_files, check_raw, list_files, read_raw_manifest
 from encore.tokens.encode import count_workers
 from encore.tokens.parts import PartStore, read_part
 
@@ -57,7 +57,7 @@ def main() -> None:
         address = os.environ.get(ADDRESS)
         with join_scheduler(address) if address else start_workers(arguments.workers) as client:
             bring_ranks(store, count_workers())
-            tokens = encode_parts(store, params.token_cap, client)
+            tokens = encode_parts(store, client)
         print(f"{sum(tokens.values()):,} train tokens in {len(tokens)} parts; `dvc repro tokenize` merges them")
 
 
@@ -120,8 +120,8 @@ def start_workers(processes: int) -> Iterator["Client"]:
         yield client
 
 
-def encode_parts(store: PartStore, token_cap: int, client: "Client") -> dict[int, int]:
-    """Has those parts encoded that are not there, in order, until all hold `token_cap` train tokens.
+def encode_parts(store: PartStore, client: "Client") -> dict[int, int]:
+    """Has those parts encoded that are not there, in order, until those of each source hold its cap of train tokens.
 
     Returns the train tokens of each part that is there. Raises EncoreError for the first part that fails.
     """
@@ -132,8 +132,8 @@ def encode_parts(store: PartStore, token_cap: int, client: "Client") -> dict[int
     arguments = str(store.raw), store.params.as_dict(), str(store.folder)
     executor = client.get_executor()
     running: dict[Future, int] = {}
-    with Progress("tokenize", token_cap, "tokens", sum(tokens.values())) as progress:
-        while (missing := list_missing(store, tokens, token_cap)) or running:
+    with Progress("tokenize", store.params.token_cap, "tokens", sum(tokens.values())) as progress:
+        while (missing := list_missing(store, tokens)) or running:
             waiting = [index for index in missing if index not in running.values()]
             slots = max(1, sum(client.nthreads().values()))  # new workers may have come
             for index in waiting[: max(0, slots - len(running))]:
@@ -145,20 +145,22 @@ def encode_parts(store: PartStore, token_cap: int, client: "Client") -> dict[int
     return tokens
 
 
-def list_missing(store: PartStore, tokens: dict[int, int], token_cap: int) -> list[int]:
-    """Of the first parts, those that hold `token_cap` train tokens together, the ones that are not in `tokens`.
+def list_missing(store: PartStore, tokens: dict[int, int]) -> list[int]:
+    """Of the first parts of each source, those that hold its cap of train tokens, the ones that are not in `tokens`.
 
     What such a part will hold is reckoned from its text, as the download stage does.
     """
     tokens_per_byte = (1 - store.params.val_fraction) / store.manifest["text_bytes_per_token"]
     missing = []
-    total_tokens = 0.0
-    for index, groups in enumerate(store.parts):
-        if total_tokens >= token_cap:
-            break
-        if index not in tokens:
-            missing.append(index)
-        total_tokens += tokens.get(index, tokens_per_byte * sum(group.text_bytes for group in groups))
+    for source in store.sources:
+        total_tokens = 0.0
+        for index in source.parts:
+            if total_tokens >= source.token_cap:
+                break
+            if index not in tokens:
+                missing.append(index)
+            text_bytes = sum(group.text_bytes for group in store.parts[index])
+            total_tokens += tokens.get(index, tokens_per_byte * text_bytes)
     return missing
 
 
@@ -204,7 +206,7 @@ def encode_part(store: PartStore, index: int, threads: int) -> None:
     if not 0 <= index < len(store.parts):
         raise EncoreError(f"there is no part {index}; they are numbered from 0 to {len(store.parts) - 1}")
     names = {group.path.name for group in store.parts[index]}
-    check_files(store.raw, [file for file in store.manifest["files"] if file["name"] in names], threads)
+    check_files(store.raw, [file for file in list_files(store.manifest) if file["name"] in names], threads)
     bring_ranks(store, threads)
     store.bring(index, None, threads, lambda _: None)
 

@@ -1,7 +1,7 @@
 """The documents of data/raw, streamed: memory holds a page of a parquet file at a time, however large its row groups.
 
-Every document has a running number, its row in the corpus. By that number and `split_seed` alone it belongs to train
-or val, so neither a pass over the data nor the number of workers has a say.
+Every document has a running number, its row in the text of its source. By that number and `split_seed` alone it
+belongs to train or val, so neither a pass over the data nor the number of workers has a say, nor other sources.
 """
 
 import hashlib
@@ -31,10 +31,11 @@ DIFFERENCES_ROWS = 64  # where each text can be a few bytes of the file and a co
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A row group of a parquet file. first_row: in its file. first_document: the number of that row in the corpus.
+    """A row group of a parquet file. first_row: in its file. first_document: the number of that row in its source.
     text_bytes: of its text column before compression, by the file's footer. encodings: parquet's, of that column."""
 
     path: Path
+    text_column: str
     index: int
     first_row: int
     first_document: int
@@ -65,9 +66,14 @@ def read_raw_manifest(folder: Path) -> RawManifest:
 def check_raw(folder: Path, workers: int) -> RawManifest:
     """The manifest of the raw text. Raises EncoreError naming each file that is not the one that it describes."""
     manifest = read_raw_manifest(folder)
-    tokenizer = [manifest["tokenizer"]] if manifest["tokenizer"] else []
-    check_files(folder, [*manifest["files"], *tokenizer], workers)
+    check_files(folder, list_files(manifest), workers)
     return manifest
+
+
+def list_files(manifest: RawManifest) -> list[RawFileEntry | RanksEntry]:
+    """Everything that the manifest describes: the text of all sources, and the tokenizer if it is a published one."""
+    texts = [file for source in manifest["sources"] for file in source["files"]]
+    return [*texts, *([manifest["tokenizer"]] if manifest["tokenizer"] else [])]
 
 
 def check_files(folder: Path, files: Sequence[RawFileEntry | RanksEntry], workers: int) -> None:
@@ -88,7 +94,7 @@ def check_files(folder: Path, files: Sequence[RawFileEntry | RanksEntry], worker
 
 
 def list_row_groups(files: list[Path], text_column: str) -> list[RowGroup]:
-    """All row groups in order. Raises EncoreError for a file that is no parquet or lacks the column."""
+    """All row groups of a source's files in order. Raises EncoreError for a file without the column, or no parquet."""
     groups: list[RowGroup] = []
     documents = 0
     for path in files:
@@ -106,34 +112,35 @@ def list_row_groups(files: list[Path], text_column: str) -> list[RowGroup]:
         for index in range(metadata.num_row_groups):
             group = metadata.row_group(index)
             chunk = group.column(column)
-            where = (path, index, first_row, documents + first_row, group.num_rows)
+            where = (path, text_column, index, first_row, documents + first_row, group.num_rows)
             groups.append(RowGroup(*where, chunk.total_uncompressed_size, tuple(chunk.encodings)))
             first_row += group.num_rows
         documents += first_row
     return groups
 
 
-def read_documents(groups: list[RowGroup], text_column: str) -> Iterator[tuple[int, bytes]]:
+def read_documents(groups: list[RowGroup]) -> Iterator[tuple[int, bytes]]:
     """Yields the number and UTF-8 text of each document that has text.
 
     Memory: about BATCH_BYTES, or a page, which holds at least one document. A text that stands in many rows is in
     memory once, however few bytes of the file say so. Raises EncoreError where a row group cannot be read.
     """
     for (path, has_dictionary), of_file in groupby(groups, key=lambda group: (group.path, group.has_dictionary)):
-        dictionaries = [text_column] if has_dictionary else []
+        in_file = list(of_file)
+        dictionaries = [in_file[0].text_column] if has_dictionary else []
         with pq.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False, read_dictionary=dictionaries) as parquet:
-            for group in of_file:
+            for group in in_file:
                 first = group.first_document
-                for column in _read_columns(parquet, group, text_column):
+                for column in _read_columns(parquet, group):
                     for row, text in _texts_of(column, path, group.first_row + first - group.first_document):
                         yield first + row, text
                     first += len(column)
 
 
-def _read_columns(parquet: pq.ParquetFile, group: RowGroup, text_column: str) -> Iterator[pa.Array]:
+def _read_columns(parquet: pq.ParquetFile, group: RowGroup) -> Iterator[pa.Array]:
     """The text column of a row group, some rows at a time. Raises EncoreError where it cannot be read."""
     try:
-        for batch in parquet.iter_batches(group.rows_at_once, [group.index], [text_column], use_threads=False):
+        for batch in parquet.iter_batches(group.rows_at_once, [group.index], [group.text_column], use_threads=False):
             yield batch.column(0)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:

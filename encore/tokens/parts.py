@@ -1,5 +1,7 @@
 """The corpus in parts of PART_TEXT_BYTES, each encoded to token shards of its own, kept in scratch until all are there.
 
+A part holds text of a single source, and the parts of one source follow those of the one before.
+
 So a run that was killed goes on behind the last finished part, other machines can encode parts ahead of it, and the
 shards of all parts, numbered through, are the same however many machines and threads made them.
 
@@ -13,6 +15,7 @@ shards of all parts, numbered through, are the same however many machines and th
 
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,9 +32,10 @@ from encore.code import code_sha256
 from encore.errors import EncoreError
 from encore.files import link_or_copy, sha256_of, whole_folder, write_whole
 from encore.json_files import read_sealed, write_sealed
+from encore.mixture import split_cap
 from encore.params import StageParams
 from encore.progress import Progress, note
-from encore.schemas import LearnedRanks, PartRecord, RawManifest
+from encore.schemas import LearnedRanks, PartRecord, RawManifest, RawSource
 from encore.tokens.documents import RowGroup, list_row_groups, read_documents
 from encore.tokens.encode import EMPTY, RULES, Encoded, Tokens, encode_all, gather_batches, learning_texts
 from encore.tokens.ranks import read_ranks, write_ranks
@@ -75,13 +79,44 @@ def plan_parts(groups: list[RowGroup]) -> list[list[RowGroup]]:
     return parts
 
 
+@dataclass(frozen=True)
+class SourceParts:
+    """A source, as data/raw describes it. token_cap: the training tokens that it may have. groups: all of its text.
+    parts: the numbers of its parts."""
+
+    described: RawSource
+    token_cap: int
+    groups: list[RowGroup]
+    parts: range
+
+    @property
+    def documents(self) -> int:
+        return sum(group.documents for group in self.groups)
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(group.text_bytes for group in self.groups)
+
+
 class PartStore:
-    """The parts of one corpus, finished and to come: the documents of the folder `raw`, which `manifest` describes."""
+    """The parts of one corpus, finished and to come: the documents of the folder `raw`, which `manifest` describes.
+
+    Raises EncoreError where `raw` holds the text of other sources than `params` names.
+    """
 
     def __init__(self, raw: Path, manifest: RawManifest, params: StageParams, scratch: Path) -> None:
         self.raw, self.manifest, self.params = raw, manifest, params
-        self.groups = list_row_groups([raw / file["name"] for file in manifest["files"]], params.text_column)
-        self.parts = plan_parts(self.groups)
+        self.parts: list[list[RowGroup]] = []
+        self.sources: list[SourceParts] = []
+        token_caps = split_cap(params.token_cap, params.dataset_share)
+        if [source["name"] for source in manifest["sources"]] != list(token_caps):
+            raise EncoreError(f"{raw} holds the text of other sources than params.yaml names; `dvc repro download`")
+        for source in manifest["sources"]:
+            groups = list_row_groups([raw / file["name"] for file in source["files"]], source["text_column"])
+            first = len(self.parts)
+            self.parts += plan_parts(groups)
+            numbers = range(first, len(self.parts))
+            self.sources.append(SourceParts(source, token_caps[source["name"]], groups, numbers))
         self.folder = scratch / "tokens" / fingerprint(manifest, params)
         self.ranks_path = self.folder / RANKS_FILE
 
@@ -120,15 +155,17 @@ class PartStore:
         return False
 
     def _read_to_learn(self) -> Iterator[str]:
-        """The text that the vocabulary is learned from; tells how far that is."""
+        """The text that the vocabulary is learned from, of each source by its share; tells how far that is."""
         params = self.params
-        documents = read_documents(self.groups, params.text_column)
-        most_bytes = min(LEARNING_BYTES, sum(group.text_bytes for group in self.groups))
+        most_bytes = share_learning_bytes(self.sources)
+        total_bytes = sum(min(most, source.text_bytes) for source, most in zip(self.sources, most_bytes, strict=True))
         # The learner draws bars of its own in a terminal.
-        with Progress("read for the vocabulary", most_bytes, "bytes of text", bar=False) as progress:
-            for text in learning_texts(documents, params.split_seed, params.val_fraction, LEARNING_BYTES):
-                yield text
-                progress.add(len(text.encode()))
+        with Progress("read for the vocabulary", total_bytes, "bytes of text", bar=False) as progress:
+            for source, most in zip(self.sources, most_bytes, strict=True):
+                documents = read_documents(source.groups)
+                for text in learning_texts(documents, params.split_seed, params.val_fraction, most):
+                    yield text
+                    progress.add(len(text.encode()))
         print(f"learning {params.vocab_size:,} tokens from {progress.done:,} bytes of text", flush=True)
 
     @cached_property
@@ -177,7 +214,7 @@ class PartStore:
         params = self.params
         dtype = token_dtype(self.vocab_size)
         writers = {split: ShardWriter(folder, split, dtype) for split in SPLITS}
-        documents = read_documents(self.parts[index], params.text_column)
+        documents = read_documents(self.parts[index])
         batches = gather_batches(documents, params.split_seed, params.val_fraction)
         results = encode_all(batches, self.ranks, workers)
         remarks: set[tuple[int, str]] = set()
@@ -205,6 +242,21 @@ class PartStore:
             "tokenizer_sha256": self.tokenizer_sha256,
         }
         write_sealed(folder / PART, record)
+
+
+def share_learning_bytes(sources: list[SourceParts]) -> list[int]:
+    """How much text of each source the vocabulary is learned from: LEARNING_BYTES in all, by the sources' shares.
+
+    Where a source has less than its share of that, it is read whole and the others have less by as much.
+    """
+    token_cap = sum(source.token_cap for source in sources)
+    scarcest = min(sources, key=lambda source: source.text_bytes / source.token_cap)
+    all_bytes = min(LEARNING_BYTES, scarcest.text_bytes * token_cap / scarcest.token_cap)
+    read_whole = scarcest if all_bytes < LEARNING_BYTES else None
+    return [
+        LEARNING_BYTES if source is read_whole else math.ceil(all_bytes * source.token_cap / token_cap)
+        for source in sources
+    ]
 
 
 def read_part(folder: Path) -> EncodedPart:
@@ -237,8 +289,8 @@ def merge(parts: list[EncodedPart], folder: Path) -> dict[str, list[Shard]]:
 
 def fingerprint(manifest: RawManifest, params: StageParams) -> str:
     """16 hex digits for what the parts depend on: text, parameters other than the cap, and code."""
-    texts = [file["sha256"] for file in manifest["files"]]
-    keys = ("text_column", "tokenizer", "vocab_size", "val_fraction", "split_seed")
+    texts = [[source["text_column"], *(file["sha256"] for file in source["files"])] for source in manifest["sources"]]
+    keys = ("dataset_share", "tokenizer", "vocab_size", "val_fraction", "split_seed")
     inputs = [texts, [getattr(params, key) for key in keys], code_sha256("encore.tokens.parts")]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 

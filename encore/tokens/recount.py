@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ class ShardCount:
 
 @dataclass(frozen=True)
 class SplitCount:
-    """What the bytes of a split say.
+    """What the bytes of a split say, or of what a source has in it.
 
     document_tokens: (d,) uint32, the length of each document, its end-of-text token counted, so that they add up to
     `tokens`. text_bytes: UTF-8 bytes of all documents. used: (vocab_size,) whether an id occurs.
@@ -63,8 +64,8 @@ class SplitCount:
         return len(self.document_tokens)
 
 
-def recount(folder: Path, token_cap: int, threads: int) -> dict[str, SplitCount]:
-    """Counts both splits; the number of threads changes nothing but the time.
+def recount(folder: Path, token_cap: int, threads: int) -> list[dict[str, SplitCount]]:
+    """Counts both splits of each source; the number of threads changes nothing but the time.
 
     Raises EncoreError with every disagreement between the folder, its manifest and `token_cap`.
     """
@@ -72,19 +73,42 @@ def recount(folder: Path, token_cap: int, threads: int) -> dict[str, SplitCount]
     vocab_size, dtype = manifest["vocab_size"], np.dtype(manifest["dtype"]).newbyteorder("<")
     shards = {split: [Shard(**entry) for entry in manifest["shards"][split]] for split in SPLITS}
     both = shards["train"] + shards["val"]
+    sources = share_out(manifest, shards)
 
     ranks, tokenizer_problems = read_tokenizer(folder, manifest)
     counts, damage = count_shards(folder, both, dtype, byte_lengths(ranks, vocab_size), threads)
-    problems = check_manifest(manifest, shards, token_cap) + tokenizer_problems + damage
-    for of_split in shards.values():
-        problems += compare(folder, of_split, counts, vocab_size)
+    problems = check_manifest(manifest, shards, token_cap) + check_sources(manifest, shards)
+    problems += tokenizer_problems + damage
+    for its_shards in (of_split for source in sources for of_split in source.values()):
+        problems += compare(folder, its_shards, counts, vocab_size)
         # Without the tokenizer nobody knows the text, and a document may begin in a damaged shard.
-        if ranks and all(shard.name in counts for shard in of_split):
-            problems += compare_text(folder, of_split, counts)
+        if ranks and all(shard.name in counts for shard in its_shards):
+            problems += compare_text(folder, its_shards, counts)
     problems += find_strangers(folder, both)
     if problems:
         raise EncoreError(f"{folder / MANIFEST}: {'; '.join(problems)}. `dvc repro -f tokenize` writes them anew")
-    return {split: join([counts[shard.name] for shard in of_split]) for split, of_split in shards.items()}
+    return [
+        {split: join([counts[shard.name] for shard in its_shards]) for split, its_shards in source.items()}
+        for source in sources
+    ]
+
+
+def share_out(manifest: TokenManifest, shards: dict[str, list[Shard]]) -> list[dict[str, list[Shard]]]:
+    """The shards of each source, by split, as far as there are so many."""
+    remaining = {split: iter(of_split) for split, of_split in shards.items()}
+    return [
+        {split: list(islice(remaining[split], source["splits"][split]["shards"])) for split in SPLITS}
+        for source in manifest["sources"]
+    ]
+
+
+def add_up(counts: list[SplitCount]) -> SplitCount:
+    """What several sources have together in a split."""
+    return SplitCount(
+        np.concatenate([count.document_tokens for count in counts]),
+        sum(count.text_bytes for count in counts),
+        np.logical_or.reduce([count.used for count in counts]),
+    )
 
 
 def byte_lengths(ranks: dict[bytes, int], vocab_size: int) -> np.ndarray:
@@ -252,11 +276,32 @@ def check_manifest(manifest: TokenManifest, shards: dict[str, list[Shard]], toke
         names = [shard.name for shard in of_split]
         if not names or names != [shard_name(split, number) for number in range(len(names))]:
             problems.append(f"its {split} shards are not {shard_name(split, 0)} and what follows in order")
-    tokens = sum(shard.tokens for shard in shards["train"])
-    if manifest["token_cap"] != token_cap:
-        problems.append(f"it was made for token_cap {manifest['token_cap']}, which is {token_cap} in params.yaml")
-    elif manifest["cap_reached"] != (tokens >= token_cap):
-        problems.append(f"cap_reached is {manifest['cap_reached']} with {tokens:,} of {token_cap:,} training tokens")
+    made_for = sum(source["token_cap"] for source in manifest["sources"])
+    if made_for != token_cap:
+        problems.append(f"it was made for token_cap {made_for}, which is {token_cap} in params.yaml")
+    for source in manifest["sources"]:
+        tokens, cap, reached = source["splits"]["train"]["tokens"], source["token_cap"], source["cap_reached"]
+        if reached != (tokens >= cap):
+            of_source = f" of {source['name']}" if source["name"] else ""
+            problems.append(f"cap_reached{of_source} is {reached} with {tokens:,} of {cap:,} training tokens")
+    return problems
+
+
+def check_sources(manifest: TokenManifest, shards: dict[str, list[Shard]]) -> list[str]:
+    """A sentence for each thing that the manifest says otherwise of a source than of its shards."""
+    problems = []
+    for split, of_split in shards.items():
+        listed = sum(source["splits"][split]["shards"] for source in manifest["sources"])
+        if listed != len(of_split):
+            problems.append(f"its sources have {listed} {split} shards, and it lists {len(of_split)}")
+            continue
+        for source, its_shards in zip(manifest["sources"], share_out(manifest, shards), strict=True):
+            of_source = f" of {source['name']}" if source["name"] else ""
+            said = source["splits"][split]
+            for what in ("tokens", "documents", "text_bytes"):
+                found = sum(getattr(shard, what) for shard in its_shards[split])
+                if found != said[what]:
+                    problems.append(f"it says {said[what]:,} {what} of {split}{of_source}, and {found:,} by its shards")
     return problems
 
 

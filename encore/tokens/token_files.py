@@ -14,7 +14,7 @@ import numpy as np
 from encore.errors import EncoreError, bring_back
 from encore.files import sha256_of
 from encore.json_files import read_sealed, write_sealed
-from encore.schemas import TokenManifest
+from encore.schemas import TokenManifest, TokenSource
 
 SHARD_TOKENS = 100_000_000
 MANIFEST = "manifest.json"
@@ -33,6 +33,17 @@ class Shard:
     documents: int
     text_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class SourceRange:
+    """Where a source lies in a split: its tokens and its documents, both numbered through the split. text_bytes: UTF-8
+    bytes of these documents."""
+
+    name: str
+    tokens: range
+    documents: range
+    text_bytes: int
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -121,6 +132,12 @@ def shards_as_json(shards: list[Shard]) -> list[dict[str, Any]]:
     return [asdict(shard) for shard in shards]
 
 
+def sum_up(shards: list[Shard]) -> dict[str, int]:
+    """How many shards, tokens, documents and bytes of text these are together."""
+    whats = ("tokens", "documents", "text_bytes")
+    return {"shards": len(shards), **{what: sum(getattr(shard, what) for shard in shards) for what in whats}}
+
+
 def write_manifest(folder: Path, vocab_size: int, shards: dict[str, list[Shard]], about: dict[str, Any]) -> None:
     """Describes a token folder that is complete but for this. about: the keys of TokenManifest that the bytes do not
     tell."""
@@ -131,7 +148,8 @@ def write_manifest(folder: Path, vocab_size: int, shards: dict[str, list[Shard]]
 
 
 class TokenSplit:
-    """One split of a token folder, read by memory map as one long row of tokens.
+    """One split of a token folder, read by memory map as one long row of tokens. sources: where each source of a
+    mixture lies; none where there is a single one.
 
     Opening checks the manifest, every shard's presence and size.
     """
@@ -149,6 +167,7 @@ class TokenSplit:
         self.tokens = int(self._starts[-1])
         self.documents = sum(shard.documents for shard in self.shards)
         self.text_bytes = sum(shard.text_bytes for shard in self.shards)
+        self.sources = _locate_sources(self.manifest["sources"], split)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens `start` to `start + count` of the split, (count,) in its dtype, across shard borders if need be.
@@ -178,6 +197,18 @@ class TokenSplit:
         if path.stat().st_size != expected_bytes:
             return f"{path} has {path.stat().st_size:,} bytes and the manifest says {expected_bytes:,}"
         return None
+
+
+def _locate_sources(sources: list[TokenSource], split: str) -> list[SourceRange]:
+    located, tokens, documents = [], 0, 0
+    for source in sources:
+        here = source["splits"][split]
+        stops = tokens + here["tokens"], documents + here["documents"]
+        if source["name"] is not None:
+            ranges = range(tokens, stops[0]), range(documents, stops[1])
+            located.append(SourceRange(source["name"], *ranges, here["text_bytes"]))
+        tokens, documents = stops
+    return located
 
 
 def token_hashes(folder: Path, splits: Sequence[str] = SPLITS) -> dict[Path, str]:

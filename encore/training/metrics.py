@@ -16,6 +16,7 @@ from encore.training.tensorboard import TensorBoard
 from encore.training.wandb_run import WandbRun
 
 MOST_ROWS = 4000  # what a plots page draws quickly
+VAL_OF = "val_loss_"  # and the name of a source: a key of an evaluation
 
 
 @dataclass
@@ -95,7 +96,9 @@ class Records:
     def log_eval(self, row: dict[str, Any]) -> None:
         """The row of one evaluation."""
         self.rows.eval.append(row)
-        self.say(f"iter {row['iter']}: train loss {row['train_loss']:.4f}, val loss {row['val_loss']:.4f}")
+        of_sources = [f"{key.removeprefix(VAL_OF)} {loss:.4f}" for key, loss in row.items() if key.startswith(VAL_OF)]
+        mixture = f" ({', '.join(of_sources)})" if of_sources else ""
+        self.say(f"iter {row['iter']}: train loss {row['train_loss']:.4f}, val loss {row['val_loss']:.4f}{mixture}")
         self._pass_on(_eval_row(row))
 
     def _pass_on(self, row: dict[str, Any]) -> None:
@@ -153,4 +156,4 @@ def _step_row(train: dict[str, Any], speed: dict[str, Any]) -> dict[str, Any]:
 
 def _eval_row(row: dict[str, Any]) -> dict[str, Any]:
     """What wandb and TensorBoard are given of an evaluation."""
-    return {"iter": row["iter"], "train/loss": row["train_loss"], "val/loss": row["val_loss"]}
+    return {key.replace("_loss", "/loss", 1): value for key, value in row.items()}

@@ -224,19 +224,29 @@ class Trainer:
         """Records the losses over the same windows of both splits each time. Raises EncoreError where one is not
         finite."""
         most_windows = self.params.eval_iters * self.params.batch_size
-        losses = {}
+        losses: dict[str, float] = {}
+        of_sources: dict[str, float] = {}
         for name, windows in (("train", self.train), ("val", self.val)):
-            batches = windows.in_batches(self._mine(windows.spread(most_windows)), self.params.batch_size)
-            summed = sum_losses(self.model, batches, self.device, self.dtype)
-            nats, tokens = self.ranks.sum(torch.tensor([summed.nats, summed.tokens], dtype=torch.float64)).tolist()
-            losses[f"{name}_loss"] = nats / tokens
+            sums = {
+                source: self._sum_losses(windows, indices)
+                for source, indices in windows.spread_by_source(most_windows).items()
+            }
+            losses[f"{name}_loss"] = sum(nats for nats, _ in sums.values()) / sum(tokens for _, tokens in sums.values())
+            of_sources |= {f"{name}_loss_{source}": nats / tokens for source, (nats, tokens) in sums.items() if source}
         if not all(map(math.isfinite, losses.values())):
             raise EncoreError(
                 f"iteration {self.iter}: an evaluation finds train loss {losses['train_loss']} and val loss "
                 f"{losses['val_loss']}; lower learning_rate, set dtype: float32, or start from other weights"
             )
-        self.records.log_eval({"iter": self.iter, **losses})
+        self.records.log_eval({"iter": self.iter, **losses, **of_sources})
         self.records.publish()
+
+    def _sum_losses(self, windows: Windows, indices: np.ndarray) -> tuple[float, float]:
+        """Nats and tokens of these windows, on all ranks together."""
+        batches = windows.in_batches(self._mine(indices), self.params.batch_size)
+        summed = sum_losses(self.model, batches, self.device, self.dtype)
+        nats, tokens = self.ranks.sum(torch.tensor([summed.nats, summed.tokens], dtype=torch.float64)).tolist()
+        return nats, tokens
 
     def check_data(self) -> None:
         """Waits until the token shards are hashed, on every machine. Raises EncoreError on all ranks where one has

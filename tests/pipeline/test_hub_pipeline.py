@@ -57,8 +57,8 @@ def test_the_hub_end_to_end(tmp_path, files):
 
         # One inode with three names: what was downloaded, data/raw, and DVC's cache.
         manifest = json.loads((repository / "data/raw/manifest.json").read_text())
-        assert [file["source"] for file in manifest["files"]] == sorted(fetched)
-        for file in manifest["files"]:
+        assert [file["source"] for file in manifest["sources"][0]["files"]] == sorted(fetched)
+        for file in manifest["sources"][0]["files"]:
             raw = repository / "data/raw" / file["name"]
             assert raw.samefile(repository / ".encore/hub/owner--corpus" / COMMIT / file["source"])
             md5 = hashlib.md5(raw.read_bytes()).hexdigest()

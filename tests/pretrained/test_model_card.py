@@ -22,9 +22,15 @@ from encore.tokens.tokenizer import train_bpe
 RECORD = {
     "params": {"architecture": "gpt2", "n_layer": 2, "init_from": "scratch", "max_iters": 600},
     "data": {
-        "dataset": "hf:owner/corpus/en",
-        "dataset_revision": "0123abc",
-        "licence": "cc0-1.0",
+        "sources": [
+            {
+                "name": None,
+                "dataset": "hf:owner/corpus/en",
+                "dataset_revision": "0123abc",
+                "licence": "cc0-1.0",
+                "train_tokens": 3_030_201,
+            }
+        ],
         "tokenizer": "bpe",
         "vocab_size": 2048,
         "train_tokens": 3_030_201,
@@ -45,7 +51,9 @@ SUMMARY = {
 
 def make_card(folder, **data):
     folder.mkdir()
-    write_card(folder, {**RECORD, "data": {**RECORD["data"], **data}}, SUMMARY)
+    [source] = RECORD["data"]["sources"]
+    keys = {key: data.pop(key, value) for key, value in source.items()}
+    write_card(folder, {**RECORD, "data": {**RECORD["data"], "sources": [keys], **data}}, SUMMARY)
     return (folder / CARD).read_text(encoding="utf-8")
 
 

@@ -28,7 +28,8 @@ stages:
   download:
     cmd: python -m stages.download
     params:
-      [dataset, dataset_revision, text_column, shard_order, tokenizer, token_cap, val_fraction, split_seed]
+      [dataset, dataset_revision, dataset_share, text_column, shard_order, tokenizer, token_cap, val_fraction,
+       split_seed]
   download_weights:
     cmd: python -m stages.download_weights
     params: [init_from]
@@ -75,30 +76,27 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_files_and_manifest(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     download.main()
     manifest = json.loads(Path("data/raw/manifest.json").read_bytes())
-    told = ["source_files", "whole_source", "text_bytes", "text_bytes_per_token", "repaired_documents"]
-    assert list(manifest) == [
-        "dataset",
-        "dataset_revision",
-        "licence",
-        "text_column",
-        *told,
-        "files",
-        "tokenizer",
-        "own_sha256",
-    ]
-    assert manifest["dataset"] == "files:corpus/*"
-    assert manifest["dataset_revision"] == corpus_hash()
-    assert manifest["licence"] is None
-    assert manifest["text_column"] == "body"
-    assert manifest["tokenizer"] is None
+    assert list(manifest) == ["sources", "text_bytes_per_token", "tokenizer", "own_sha256"]
+    assert (manifest["text_bytes_per_token"], manifest["tokenizer"]) == (6.0, None)
+    [source] = manifest["sources"]
+    about = {key: source[key] for key in ("name", "dataset", "dataset_revision", "licence", "text_column")}
+    assert about == {
+        "name": None,
+        "dataset": "files:corpus/*",
+        "dataset_revision": corpus_hash(),
+        "licence": None,
+        "text_column": "body",
+    }
+    told = ["source_files", "whole_source", "text_bytes", "repaired_documents"]
+    assert list(source) == [*about, *told, "files"]
     column = pq.read_metadata("corpus/b.parquet").row_group(0).column(0)
     text_bytes = len("onetwo") + column.total_uncompressed_size
-    assert [manifest[key] for key in told] == [2, True, text_bytes, 6.0, 0]
+    assert [source[key] for key in told] == [2, True, text_bytes, 0]
     names = ["00000-a.parquet", "00001-b.parquet"]
     texts = [pq.read_table(f"data/raw/{name}")["body"].to_pylist() for name in names]
     assert texts == [["one", "two"], ["three"]]
     contents = [Path("data/raw", name).read_bytes() for name in names]
-    assert manifest["files"] == [
+    assert source["files"] == [
         {
             "name": name,
             "source": source,
@@ -140,8 +138,10 @@ def test_wanted_text_follows_the_cap(
 ) -> None:
     asked: list[tuple] = []
 
-    def fake_fetch(dataset: str, revision: str, wanted: Wanted, folder: Path, scratch: Path) -> RawFolder:
-        asked.append((dataset, revision, wanted, folder, scratch))
+    def fake_fetch(
+        dataset: str, revision: str, wanted: Wanted, folder: Path, scratch: Path, first_number: int
+    ) -> RawFolder:
+        asked.append((dataset, revision, wanted, folder, scratch, first_number))
         raw = RawFolder(folder, wanted.text_column, wanted.text_bytes)
         raw.files = [RawFile("00000-a.parquet", "a.parquet", 1_234_567, "0" * 64, 1_000)]
         return raw
@@ -157,8 +157,8 @@ def test_wanted_text_follows_the_cap(
     order = {"shard_order": "shuffled", "split_seed": 7}
     set_params(tokenizer=tokenizer, vocab_size=vocab_size, token_cap=4_000_000, val_fraction=0.2, **order)
     download.main()
-    ((dataset, revision, wanted, folder, scratch),) = asked
-    assert (dataset, revision) == ("files:corpus/*", corpus_hash())
+    ((dataset, revision, wanted, folder, scratch, first_number),) = asked
+    assert (dataset, revision, first_number) == ("files:corpus/*", corpus_hash(), 0)
     assert (wanted.text_column, wanted.shard_order, wanted.split_seed) == ("body", "shuffled", 7)
     assert wanted.text_bytes == pytest.approx(5_000_000 * bytes_per_token, abs=1)
     assert folder != Path("data/raw")  # it takes that place when it is whole
@@ -223,8 +223,9 @@ def test_quickstart(repository: Path) -> None:
     result = run_stage(HTTPS_PROXY="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9")
     assert (result.returncode, result.stderr) == (0, "")
     manifest = json.loads(Path("data/raw/manifest.json").read_bytes())
-    assert [file["name"] for file in manifest["files"]] == ["00000-sympy.parquet"]
-    assert manifest["files"][0]["documents"] > 1_000
+    [source] = manifest["sources"]
+    assert [file["name"] for file in source["files"]] == ["00000-sympy.parquet"]
+    assert source["files"][0]["documents"] > 1_000
     assert sorted(path.name for path in Path("data/raw").iterdir()) == ["00000-sympy.parquet", "manifest.json"]
     assert [path.name for path in Path(".encore").iterdir()] == ["history.jsonl"]  # a package needs no download
 

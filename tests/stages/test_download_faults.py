@@ -33,8 +33,8 @@ stages:
   download:
     cmd: python -m stages.download
     params:
-      [dataset, dataset_revision, text_column, shard_order, tokenizer, token_cap, val_fraction, split_seed, init_from,
-       evaluate_tasks]
+      [dataset, dataset_revision, dataset_share, text_column, shard_order, tokenizer, token_cap, val_fraction,
+       split_seed]
 """
 # The stage, without time to wait, and with ranks from loopback.
 STAGE = """
@@ -130,13 +130,14 @@ def undisturbed(tmp_path: Path, servers: tuple[Hub, Hub]) -> dict[str, str]:
     assert error == ""
     assert out.startswith(f"hf:{REPOSITORY}: {25 * CHOSEN} documents, ")
     manifest = json.loads((folder / "data/raw/manifest.json").read_bytes())
-    assert [file["source"] for file in manifest["files"]] == [name_of(number) for number in range(CHOSEN)]
-    assert [file["sha256"] for file in manifest["files"]] == [
+    [source] = manifest["sources"]
+    assert [file["source"] for file in source["files"]] == [name_of(number) for number in range(CHOSEN)]
+    assert [file["sha256"] for file in source["files"]] == [
         sha256(storage.files[name_of(number)]) for number in range(CHOSEN)
     ]
-    assert (manifest["source_files"], manifest["whole_source"]) == (SHARDS, False)
+    assert (source["source_files"], source["whole_source"]) == (SHARDS, False)
     assert manifest["text_bytes_per_token"] == 4.488
-    assert CHOSEN * SHARD_TEXT_BYTES < manifest["text_bytes"] < CHOSEN * SHARD_TEXT_BYTES * 1.01
+    assert CHOSEN * SHARD_TEXT_BYTES < source["text_bytes"] < CHOSEN * SHARD_TEXT_BYTES * 1.01
     assert storage.bodies_served() == {name_of(number): len(storage.files[name_of(number)]) for number in range(CHOSEN)}
     tails = sum(count for request, count in storage.requests.items() if request.endswith("#tail"))
     assert CHOSEN <= tails < CHOSEN + 8

@@ -81,6 +81,7 @@ def test_shards_and_manifest_are_those_of_a_plain_loop(
     assert min(len(corpus.numbers["val"]), *corpus.remarks.values()) > 3, "the corpus has something of everything"
     output = capsys.readouterr().out
     names = ["manifest.json", "tokenizer.tiktoken"]
+    splits = {}
     for split in SPLITS:
         shards = manifest["shards"][split]
         assert joined(folder, split) == corpus.as_bytes(split)
@@ -97,6 +98,8 @@ def test_shards_and_manifest_are_those_of_a_plain_loop(
             assert shard["text_bytes"] == sum(len(TEXTS[number].encode()) for number in inside)
             assert shard["sha256"] == sha256(folder[shard["name"]]).hexdigest()
             start = stop
+        whats = ("tokens", "documents", "text_bytes")
+        splits[split] = {"shards": len(shards), **{what: sum(shard[what] for shard in shards) for what in whats}}
         names += [shard["name"] for shard in shards]
         tokens, documents = len(corpus.ids[split]), len(corpus.numbers[split])
         assert (
@@ -105,21 +108,26 @@ def test_shards_and_manifest_are_those_of_a_plain_loop(
         )
     assert list(folder) == sorted(names)
     del manifest["shards"]
-    assert manifest == {
+    source = {
+        "name": None,
         "dataset": "package:made-up",
         "dataset_revision": "1.0",
         "licence": "MIT",
+        "whole_source": True,
+        "token_cap": 2500,
+        "cap_reached": True,
+        "empty_documents": corpus.remarks["empty_documents"],
+        "documents_with_end_of_text": corpus.remarks["documents_with_end_of_text"],
+        "cut_documents": 0,
+        "splits": splits,
+    }
+    assert manifest == {
+        "sources": [source],
         "dtype": "uint16",
         "vocab_size": VOCAB_SIZE,
         "tokenizer": "bpe",
         "tokenizer_sha256": sha256(folder["tokenizer.tiktoken"]).hexdigest(),
-        "token_cap": 2500,
-        "cap_reached": True,
-        "whole_source": True,
         "text_bytes_per_token": 6.0,
-        "empty_documents": corpus.remarks["empty_documents"],
-        "documents_with_end_of_text": corpus.remarks["documents_with_end_of_text"],
-        "cut_documents": 0,
     }
     training = [text for number, text in enumerate(TEXTS) if not is_val(number, SEED, VAL_FRACTION)]
     assert folder["tokenizer.tiktoken"] == write_ranks(train_bpe(training, VOCAB_SIZE)), "learned from train alone"
@@ -136,16 +144,18 @@ def test_the_cap_is_met_at_the_first_end_of_a_document_at_or_behind_it(differenc
         manifest = json.loads(folder["manifest.json"])
         assert sum(shard["tokens"] for shard in manifest["shards"]["train"]) == corpus.ends["train"][-1]
         assert corpus.ends["train"][-1] == min((end for end in ends if end >= cap), default=ends[-1])
-        assert (manifest["token_cap"], manifest["cap_reached"]) == (cap, cap <= ends[-1])
-        assert {rule: manifest[rule] for rule in corpus.remarks} == corpus.remarks
+        [source] = manifest["sources"]
+        assert (source["token_cap"], source["cap_reached"]) == (cap, cap <= ends[-1])
+        assert {rule: source[rule] for rule in corpus.remarks} == corpus.remarks
         for split in SPLITS:
             assert joined(folder, split) == corpus.as_bytes(split)
 
 
 def test_what_the_raw_text_is_goes_into_the_manifest() -> None:
-    change_sealed(RAW / "manifest.json", whole_source=False, text_bytes_per_token=4.488)
+    [source] = json.loads((RAW / "manifest.json").read_bytes())["sources"]
+    change_sealed(RAW / "manifest.json", sources=[{**source, "whole_source": False}], text_bytes_per_token=4.488)
     written = json.loads(run()["manifest.json"])
-    assert (written["whole_source"], written["text_bytes_per_token"]) == (False, 4.488)
+    assert (written["sources"][0]["whole_source"], written["text_bytes_per_token"]) == (False, 4.488)
 
 
 @pytest.mark.parametrize("token_cap", [2500, PLENTY])
@@ -234,7 +244,7 @@ def test_text_that_is_not_utf8_is_a_sentence_and_leaves_nothing() -> None:
     manifest = write_raw(RAW, TEXTS)
     path = RAW / "00001-text.parquet"
     shutil.copy("latin.parquet", path)
-    manifest["files"][1].update(bytes=path.stat().st_size, sha256=sha256(path.read_bytes()).hexdigest())
+    manifest["sources"][0]["files"][1].update(bytes=path.stat().st_size, sha256=sha256(path.read_bytes()).hexdigest())
     write_with_seal(RAW / "manifest.json", manifest)
     write_params(token_cap=PLENTY)
     problem = r"^data/raw/00001-text\.parquet, row 1 is not UTF-8 \(byte 3\); mend the file where it comes from$"
@@ -292,9 +302,10 @@ def test_real_prose_is_encoded_as_tiktoken_does_document_by_document(monkeypatch
         listed.append({**entry, "documents": 0})
     (RAW / "ranks").write_bytes(write_ranks(published._mergeable_ranks))
     tokenizer = {"name": "ranks", "sha256": sha256_of(RAW / "ranks")}
-    manifest = {"whole_source": True, "text_bytes_per_token": 4.5, "files": listed, "text_column": "text"}
-    manifest |= {"source_files": len(listed), "text_bytes": 0, "repaired_documents": 0}
-    manifest |= {"tokenizer": tokenizer, "dataset": "files:english", "dataset_revision": "0" * 64, "licence": None}
+    source = {"name": None, "dataset": "files:english", "dataset_revision": "0" * 64, "licence": None}
+    source |= {"whole_source": True, "files": listed, "text_column": "text"}
+    source |= {"source_files": len(listed), "text_bytes": 0, "repaired_documents": 0}
+    manifest = {"sources": [source], "text_bytes_per_token": 4.5, "tokenizer": tokenizer}
     write_with_seal(RAW / "manifest.json", manifest)
     monkeypatch.setattr(encode, "BATCH_BYTES", 20_000)
     monkeypatch.setattr(parts, "PART_TEXT_BYTES", 10**7)

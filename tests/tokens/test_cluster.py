@@ -152,13 +152,13 @@ def test_workers_here_make_what_one_machine_makes_though_one_is_killed(
     assert count == PARTS
     encode_parts = cluster.encode_parts
 
-    def look_first(store: PartStore, token_cap: int, client: Client) -> dict[int, int]:
+    def look_first(store: PartStore, client: Client) -> dict[int, int]:
         processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
         connections = [connection for process in processes for connection in process.net_connections()]
         listening = {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
         assert listening == {"127.0.0.1"}
         assert list(client.nthreads().values()) == [1, 1]
-        return encode_parts(store, token_cap, client)
+        return encode_parts(store, client)
 
     monkeypatch.setattr(cluster, "encode_parts", look_first)
     Path("kill-one").touch()

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from encore.errors import EncoreError
 from encore.tokens import cluster, encode, parts
 from encore.tokens.parts import PartStore
-from tests.raw_text import PLENTY, VAL_FRACTION, stage_params, write_raw
+from tests.raw_text import VAL_FRACTION, stage_params, write_raw
 
 TEXTS = [f"the ünit {number}: {number**3} " * (1 + number % 5) for number in range(240)]
 PARTS = 6
@@ -61,6 +61,12 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PartStore:
     return cluster.open_store(tmp_path / "raw", stage_params(), tmp_path / "scratch")
 
 
+def with_cap(store: PartStore, token_cap: int) -> PartStore:
+    """The same store where fewer tokens are wanted."""
+    params = stage_params(**{**store.params.as_dict(), "token_cap": token_cap})
+    return PartStore(store.raw, store.manifest, params, store.folder.parents[1])
+
+
 @pytest.mark.parametrize("slots", [0, 1, 2, 9])
 @pytest.mark.parametrize("text_bytes_per_token", [0.1, "right", 1000.0])
 def test_parts_are_begun_in_order_and_none_behind_the_cap_but_by_a_wrong_guess(
@@ -68,13 +74,14 @@ def test_parts_are_begun_in_order_and_none_behind_the_cap_but_by_a_wrong_guess(
 ) -> None:
     elsewhere = PartStore(store.raw, store.manifest, store.params, store.raw.with_name("elsewhere"))
     expected = [elsewhere.bring(index, None, 1, lambda _: None).train_tokens for index in range(PARTS)]
-    text_bytes = sum(group.text_bytes for group in store.groups)
+    text_bytes = sum(group.text_bytes for group in store.sources[0].groups)
     right = text_bytes * (1 - VAL_FRACTION) / sum(expected)
     store.manifest["text_bytes_per_token"] = right if text_bytes_per_token == "right" else text_bytes_per_token
     for count in range(1, PARTS + 1):
         shutil.rmtree(store.folder, ignore_errors=True)
-        workers = Workers(store, slots)
-        tokens = cluster.encode_parts(store, sum(expected[:count]) - 100, workers)
+        capped = with_cap(store, sum(expected[:count]) - 100)
+        workers = Workers(capped, slots)
+        tokens = cluster.encode_parts(capped, workers)
         assert tokens == {index: expected[index] for index in workers.begun}
         assert workers.begun == list(range(len(workers.begun)))
         assert workers.most_waiting <= max(1, slots)
@@ -87,12 +94,12 @@ def test_parts_are_begun_in_order_and_none_behind_the_cap_but_by_a_wrong_guess(
 def test_only_what_is_missing_is_begun(store: PartStore) -> None:
     finished = {index: store.bring(index, None, 1, lambda _: None).train_tokens for index in (3, 1)}
     workers = Workers(store, 2)
-    tokens = cluster.encode_parts(store, PLENTY, workers)
+    tokens = cluster.encode_parts(store, workers)
     assert workers.begun == [0, 2, 4, 5]
     assert sorted(tokens) == list(range(PARTS))
     assert finished.items() <= tokens.items()
     again = Workers(store, 2)
-    assert cluster.encode_parts(store, PLENTY, again) == tokens
+    assert cluster.encode_parts(store, again) == tokens
     assert again.begun == []
 
 
@@ -100,7 +107,7 @@ def test_a_part_that_is_not_to_be_seen_here_is_a_sentence(store: PartStore, monk
     monkeypatch.setattr(cluster, "SECONDS_TO_APPEAR", 0.2)
     monkeypatch.setattr(Workers, "end", lambda self, index, future: future.set_result(("node7", None)))
     with pytest.raises(EncoreError) as error:
-        cluster.encode_parts(store, PLENTY, Workers(store, 1))
+        cluster.encode_parts(store, Workers(store, 1))
     assert str(error.value) == (
         f"part 0 was encoded on node7 and is not in {store.folder} here; "
         "set ENCORE_SCRATCH to a folder that all machines share"
@@ -111,7 +118,7 @@ def test_a_part_that_dask_loses_is_a_sentence(store: PartStore, monkeypatch: pyt
     """A worker that dies again and again, a scheduler that dies: these are Dask's errors."""
     monkeypatch.setattr(Workers, "end", lambda self, index, future: future.set_exception(MemoryError("four times")))
     with pytest.raises(EncoreError) as error:
-        cluster.encode_parts(store, PLENTY, Workers(store, 1))
+        cluster.encode_parts(store, Workers(store, 1))
     assert str(error.value) == (
         "part 0 was lost by Dask (MemoryError: four times); see whether its scheduler and workers "
         "live and have memory, then run the same command to go on"

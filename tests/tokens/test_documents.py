@@ -95,11 +95,11 @@ def test_all_documents_are_read_in_order_by_row_group_or_by_row(
     monkeypatch.setattr(documents, "_texts_of", watched)
     monkeypatch.setattr(documents, "BATCH_BYTES", batch_bytes)
     groups = list_row_groups(files, "text")
-    assert list(read_documents(groups, "text")) == UTF8
+    assert list(read_documents(groups)) == UTF8
     assert set(read) == rows
     for first, stop in ((3, 5), (6, 9), (10, 16), (15, 16)):
         start, end = groups[first].first_document, groups[stop - 1].first_document + groups[stop - 1].documents
-        assert list(read_documents(groups[first:stop], "text")) == [each for each in UTF8 if start <= each[0] < end]
+        assert list(read_documents(groups[first:stop])) == [each for each in UTF8 if start <= each[0] < end]
 
 
 def test_rows_are_decoded_together_up_to_a_size_by_the_average_of_their_group(
@@ -114,7 +114,7 @@ def test_rows_are_decoded_together_up_to_a_size_by_the_average_of_their_group(
         (group.text_bytes // 2, [6, 6, 1]),
     ):
         monkeypatch.setattr(documents, "BATCH_BYTES", limit)
-        list(read_documents([group], "text"))
+        list(read_documents([group]))
         assert read == expected
         read.clear()
 
@@ -140,14 +140,14 @@ def test_any_kind_of_string_column_gives_the_same_documents(
         monkeypatch.setattr(documents, "BATCH_BYTES", 0)
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": as_column(TEXTS)}), path, row_group_size=60)
-    assert list(read_documents(list_row_groups([path], "text"), "text")) == UTF8
+    assert list(read_documents(list_row_groups([path], "text"))) == UTF8
 
 
 def test_a_file_without_rows_is_no_obstacle(tmp_path: Path) -> None:
     paths = [tmp_path / f"{name}.parquet" for name in "abc"]
     for path, texts in zip(paths, (["one"], [], ["two", "three"]), strict=True):
         write_parquet(path, texts, 10)
-    assert list(read_documents(list_row_groups(paths, "text"), "text")) == [(0, b"one"), (1, b"two"), (2, b"three")]
+    assert list(read_documents(list_row_groups(paths, "text"))) == [(0, b"one"), (1, b"two"), (2, b"three")]
 
 
 @pytest.mark.parametrize("by_row", [False, True])
@@ -178,7 +178,7 @@ def test_text_that_is_not_utf8_is_named_by_file_and_row(
     good, bad = tmp_path / "a.parquet", tmp_path / "b.parquet"
     write_parquet(good, TEXTS[:30], 10)
     pq.write_table(pa.table({"text": as_column(texts)}), bad, row_group_size=10)
-    read = read_documents(list_row_groups([good, bad], "text"), "text")
+    read = read_documents(list_row_groups([good, bad], "text"))
     with pytest.raises(EncoreError) as error:
         list(read)
     assert str(error.value) == f"{bad}, row 37 is not UTF-8 (byte {byte}); mend the file where it comes from"
@@ -206,7 +206,7 @@ def test_a_nested_column_is_none_to_choose(tmp_path: Path) -> None:
         with pytest.raises(EncoreError) as error:
             list_row_groups([path], column)
         assert str(error.value) == f"{path} has no column {column!r}; set text_column to one of body"
-    assert list(read_documents(list_row_groups([path], "body"), "body")) == [(0, b"flat")]
+    assert list(read_documents(list_row_groups([path], "body"))) == [(0, b"flat")]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -214,7 +214,7 @@ def test_raw_text_is_compared_with_its_manifest_and_every_bad_file_is_named(tmp_
     folder = tmp_path / "raw"
     manifest = write_raw(folder, [f"document {number}" for number in range(50)], file_size=10)
     assert check_raw(folder, workers) == manifest == json.loads((folder / "manifest.json").read_text())
-    paths = [folder / file["name"] for file in manifest["files"]]
+    paths = [folder / file["name"] for file in manifest["sources"][0]["files"]]
     paths[1].unlink()
     flipped = bytearray(paths[2].read_bytes())
     flipped[40] ^= 1
@@ -251,7 +251,7 @@ def test_texts_that_stand_in_many_rows_are_in_memory_once(tmp_path: Path) -> Non
     assert path.stat().st_size < 60_000
     before = pa.total_allocated_bytes()
     largest = 0
-    for number, (row, read) in enumerate(read_documents(list_row_groups([path], "text"), "text")):
+    for number, (row, read) in enumerate(read_documents(list_row_groups([path], "text"))):
         assert row == number
         assert len(read) == 1_000_000
         largest = max(largest, pa.total_allocated_bytes() - before)
@@ -266,7 +266,7 @@ def test_rows_without_text_cost_next_to_nothing(tmp_path: Path, text: str | None
     table = pa.table({"text": pa.chunked_array([nothing, pa.array(["end"])])})
     pq.write_table(table, path, row_group_size=5_000_001, use_dictionary=False)  # 20 MB, of lengths alone
     before = pa.total_allocated_bytes()
-    documents = read_documents(list_row_groups([path], "text"), "text")
+    documents = read_documents(list_row_groups([path], "text"))
     assert next(documents) == (5_000_000, b"end")
     assert pa.total_allocated_bytes() - before < 20_000_000
     assert list(documents) == []
@@ -282,12 +282,12 @@ def test_other_encodings_give_the_same_documents(
     path = tmp_path / "a.parquet"
     table = pa.table({"text": TEXTS})
     pq.write_table(table, path, row_group_size=60, use_dictionary=False, column_encoding={"text": encoding})
-    assert list(read_documents(list_row_groups([path], "text"), "text")) == UTF8
+    assert list(read_documents(list_row_groups([path], "text"))) == UTF8
 
 
 def test_a_dictionary_that_gives_way_to_differences_is_read_without_one() -> None:
     """As other writers of parquet do it; pyarrow's do not."""
-    group = RowGroup(Path("a.parquet"), 0, 0, 0, 10, 1000, ("PLAIN_DICTIONARY", "RLE", "DELTA_BYTE_ARRAY"))
+    group = RowGroup(Path("a.parquet"), "text", 0, 0, 0, 10, 1000, ("PLAIN_DICTIONARY", "RLE", "DELTA_BYTE_ARRAY"))
     assert (group.has_dictionary, group.rows_at_once) == (False, 64)
     plain = replace(group, encodings=("PLAIN", "RLE", "RLE_DICTIONARY"))
     assert (plain.has_dictionary, plain.rows_at_once) == (True, 4096)
@@ -303,7 +303,7 @@ def test_differences_of_long_texts_are_read_a_few_at_a_time(tmp_path: Path) -> N
     pq.write_table(table, path, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"})
     assert path.stat().st_size < 200_000
     before, largest = pa.total_allocated_bytes(), 0
-    for number, read in read_documents(list_row_groups([path], "text"), "text"):
+    for number, read in read_documents(list_row_groups([path], "text")):
         assert len(read) == 100_000 + number
         largest = max(largest, pa.total_allocated_bytes() - before)
     assert number == 1199
@@ -320,7 +320,7 @@ def test_a_file_is_opened_once_however_many_row_groups_it_has(tmp_path: Path, mo
     monkeypatch.setattr(
         pq, "ParquetFile", lambda *args, **options: opened.append(args) or open_parquet(*args, **options)
     )
-    assert list(read_documents(groups, "text")) == UTF8
+    assert list(read_documents(groups)) == UTF8
     assert len(opened) == 1
 
 
@@ -331,4 +331,4 @@ def test_a_row_group_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
     data[60:200] = bytes(140)
     path.write_bytes(data)
     with pytest.raises(EncoreError, match=rf"^{path}: row group 0 cannot be read \(.*\); mend the file where it comes"):
-        list(read_documents(list_row_groups([path], "text"), "text"))
+        list(read_documents(list_row_groups([path], "text")))

@@ -71,7 +71,9 @@ def ignore(_: int) -> None:
 
 
 def bring_all(store: PartStore, token_cap: int) -> list[EncodedPart]:
-    return tokenize.encode(store, token_cap, workers=1)
+    caps = stage_params(**{**store.params.as_dict(), "token_cap": token_cap})
+    [encoded] = tokenize.encode(PartStore(store.raw, store.manifest, caps, store.folder.parents[1]), workers=1)
+    return encoded
 
 
 def test_parts_are_closed_as_soon_as_they_hold_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,12 +320,23 @@ def test_parts_are_kept_by_what_they_depend_on(tmp_path: Path, monkeypatch: pyte
     base = fingerprint(manifest, stage_params())
     assert re.fullmatch("[0-9a-f]{16}", base)
     assert fingerprint(json.loads(json.dumps(manifest)), stage_params(token_cap=7)) == base
-    assert fingerprint({**manifest, "whole_source": False, "dataset": "files:elsewhere"}, stage_params()) == base
+    [source] = manifest["sources"]
 
-    one, other = manifest["files"]
-    texts = [{"files": [other, one]}, {"files": [one]}, {"files": [one, {**other, "sha256": "0" * 64}]}]
-    pages = [{"text_column": "x"}, {"tokenizer": "gpt2"}, {"vocab_size": 9}, {"val_fraction": 0.3}, {"split_seed": 1}]
-    others = [fingerprint({**manifest, **text}, stage_params()) for text in texts]
+    def of(*sources: dict[str, Any]) -> str:
+        return fingerprint({**manifest, "sources": [{**source, **changes} for changes in sources]}, stage_params())
+
+    assert of({"whole_source": False, "dataset": "files:elsewhere"}) == base
+    one, other = source["files"]
+    texts = [[{"files": [other, one]}], [{"files": [one]}], [{"files": [one, {**other, "sha256": "0" * 64}]}]]
+    texts += [[{"files": [one]}, {"files": [other]}], [{"text_column": "x"}]]
+    pages = [
+        {"dataset_share": {"a": 1.0}},
+        {"tokenizer": "gpt2"},
+        {"vocab_size": 9},
+        {"val_fraction": 0.3},
+        {"split_seed": 1},
+    ]
+    others = [of(*text) for text in texts]
     others += [fingerprint(manifest, stage_params(**page)) for page in pages]
 
     monkeypatch.setattr(parts, "code_sha256", lambda module: f"other code of {module}")

@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 def test_the_numbers_are_those_of_plain_loops(tmp_path: Path, vocab_size: int) -> None:
     splits = documents_of(vocab_size)
     write_token_folder(tmp_path / "tokens", *splits, vocab_size=vocab_size, shard_tokens=SHARD)
-    counts = recount.recount(tmp_path / "tokens", TOKENS, threads=2)
+    [counts] = recount.recount(tmp_path / "tokens", TOKENS, threads=2)
     assert list(counts) == ["train", "val"]
     byte_lengths = {rank: len(token) for token, rank in make_ranks(vocab_size).items()} | {vocab_size - 1: 0}
     for count, documents in zip(counts.values(), splits, strict=True):
@@ -55,9 +55,9 @@ def test_the_numbers_are_those_of_plain_loops(tmp_path: Path, vocab_size: int) -
 def test_neither_threads_nor_pieces_change_a_number(
     folder: Path, threads: int, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = recount.recount(folder, TOKENS, threads=1)
+    [expected] = recount.recount(folder, TOKENS, threads=1)
     monkeypatch.setattr(recount, "PIECE_TOKENS", piece)
-    counts = recount.recount(folder, TOKENS, threads=threads)
+    [counts] = recount.recount(folder, TOKENS, threads=threads)
     for split, count in counts.items():
         assert count.document_tokens.tolist() == expected[split].document_tokens.tolist()
         assert count.used.tolist() == expected[split].used.tolist()
@@ -116,12 +116,20 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
     change_sealed(folder / "manifest.json", **changes)
 
 
+def edit_source(folder: Path, split: str | None = None, **changes: Any) -> None:
+    """Changes what the manifest says of its only source, or of that one's part of a split."""
+    [source] = json.loads((folder / "manifest.json").read_text())["sources"]
+    (source["splits"][split] if split else source).update(changes)
+    edit_manifest(folder, sources=[source])
+
+
 def edit_shard(folder: Path, split: str, number: int, **changes: int) -> None:
-    """Adds to what the manifest says of a shard."""
-    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    """Adds to what the manifest says of a shard, and so of its source."""
+    manifest = json.loads((folder / "manifest.json").read_text())
     for key, change in changes.items():
-        shards[split][number][key] += change
-    edit_manifest(folder, shards=shards)
+        manifest["shards"][split][number][key] += change
+        manifest["sources"][0]["splits"][split][key] += change
+    edit_manifest(folder, shards=manifest["shards"], sources=manifest["sources"])
 
 
 def flip_bit(path: Path) -> None:
@@ -202,11 +210,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another tokenizer": (take_another_tokenizer, "DIR/tokenizer.tiktoken has 290 ids, the manifest says 300"),
     "another cap": (
-        lambda folder: edit_manifest(folder, token_cap=500),
+        lambda folder: edit_source(folder, token_cap=500),
         "it was made for token_cap 500, which is 550 in params.yaml",
     ),
+    "another number of a source's tokens": (
+        lambda folder: edit_source(folder, "val", tokens=1_000),
+        "it says 1,000 tokens of val, and 100 by its shards",
+    ),
     "a cap that was reached": (
-        lambda folder: edit_manifest(folder, cap_reached=False),
+        lambda folder: edit_source(folder, cap_reached=False),
         "cap_reached is False with 550 of 550 training tokens",
     ),
 }
@@ -256,6 +268,7 @@ def test_a_shard_that_the_manifest_forgot(folder: Path) -> None:
     listed = json.loads((folder / "manifest.json").read_text())["shards"]
     edit_manifest(folder, shards={**listed, "val": listed["val"][:1]})
     assert problems_of(folder).split("; ") == [
+        "its sources have 2 val shards, and it lists 1",
         "DIR/val_00000.bin is the last of its split and ends amid a document",
         "DIR/val_00001.bin is in no manifest",
     ]

@@ -19,7 +19,7 @@ from encore.tokens.token_files import (
     token_dtype,
 )
 from tests.sealed import write_with_seal
-from tests.token_folders import ABOUT
+from tests.token_folders import about
 
 END = 299
 
@@ -133,8 +133,9 @@ def split_folder(tmp_path: Path) -> tuple[Path, np.ndarray]:
     """40 documents in shards of 37 tokens, and all tokens in one array."""
     documents, text_bytes = make_documents([1 + number * 7 % 19 for number in range(40)])
     shards = write_split(tmp_path, documents, text_bytes, 6, 37)
-    manifest = {**ABOUT, "dtype": "uint16", "vocab_size": 300, "tokenizer_sha256": "0" * 64}
-    write_with_seal(tmp_path / MANIFEST, {**manifest, "shards": {"train": shards_as_json(shards)}})
+    listed = {"train": shards_as_json(shards)}
+    manifest = {**about(listed), "dtype": "uint16", "vocab_size": 300, "tokenizer_sha256": "0" * 64}
+    write_with_seal(tmp_path / MANIFEST, {**manifest, "shards": listed})
     return tmp_path, np.concatenate(documents)
 
 
@@ -174,8 +175,9 @@ def test_four_byte_tokens_are_read_as_such(tmp_path: Path) -> None:
     ids = np.array([1, 70_000, 100_000], "<u4")
     writer = ShardWriter(tmp_path, "val", np.dtype("<u4"), 2)
     writer.add(ids, np.array([3]), np.array([9]))
-    manifest = {**ABOUT, "dtype": "uint32", "vocab_size": 100_001, "tokenizer_sha256": "0" * 64}
-    write_with_seal(tmp_path / MANIFEST, {**manifest, "shards": {"val": shards_as_json(writer.finish())}})
+    listed = {"val": shards_as_json(writer.finish())}
+    manifest = {**about(listed), "dtype": "uint32", "vocab_size": 100_001, "tokenizer_sha256": "0" * 64}
+    write_with_seal(tmp_path / MANIFEST, {**manifest, "shards": listed})
     assert TokenSplit(tmp_path, "val").read(0, 3).tolist() == ids.tolist()
 
 
@@ -206,7 +208,7 @@ def test_no_manifest_and_a_foreign_one(tmp_path: Path) -> None:
     write_with_seal(tmp_path / MANIFEST, {"files": []})
     with pytest.raises(EncoreError) as error:
         read_manifest(tmp_path)
-    problem = "is not what belongs there (dataset: Field required)"
+    problem = "is not what belongs there (sources: Field required)"
     assert str(error.value) == f"{tmp_path / MANIFEST} {problem}{way_out}"
 
 
