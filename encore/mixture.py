@@ -81,10 +81,10 @@ def find_mismatches(page: dict[str, Any]) -> list[str]:
         if key in mappings and set(mappings[key]) != names:
             problems.append(
                 f"{key}: it names the sources {_list(mappings[key])}, and {first} names {_list(names)}; "
-                "give each source a value in both"
+                "give each a value in both"
             )
         elif key not in mappings and key != "text_column":
-            problems.append(f"{key}: {first} has a value for each source, {_list(names)}; give {key} one for each too")
+            problems.append(f"{key}: {first} has a value for each source, {_list(names)}; do the same here")
     if problems:
         return problems
     for name in sorted(names):

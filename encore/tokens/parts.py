@@ -157,7 +157,7 @@ class PartStore:
     def _read_to_learn(self) -> Iterator[str]:
         """The text that the vocabulary is learned from, of each source by its share; tells how far that is."""
         params = self.params
-        most_bytes = share_learning_bytes(self.sources)
+        most_bytes = share_learning_bytes(self.sources, params.val_fraction)
         total_bytes = sum(min(most, source.text_bytes) for source, most in zip(self.sources, most_bytes, strict=True))
         # The learner draws bars of its own in a terminal.
         with Progress("read for the vocabulary", total_bytes, "bytes of text", bar=False) as progress:
@@ -244,14 +244,16 @@ class PartStore:
         write_sealed(folder / PART, record)
 
 
-def share_learning_bytes(sources: list[SourceParts]) -> list[int]:
-    """How much text of each source the vocabulary is learned from: LEARNING_BYTES in all, by the sources' shares.
+def share_learning_bytes(sources: list[SourceParts], val_fraction: float) -> list[int]:
+    """How much training text of each source the vocabulary is learned from at most: LEARNING_BYTES in all, by the
+    sources' shares.
 
     Where a source has less than its share of that, it is read whole and the others have less by as much.
     """
     token_cap = sum(source.token_cap for source in sources)
     scarcest = min(sources, key=lambda source: source.text_bytes / source.token_cap)
-    all_bytes = min(LEARNING_BYTES, scarcest.text_bytes * token_cap / scarcest.token_cap)
+    training_bytes = scarcest.text_bytes * (1 - val_fraction)
+    all_bytes = min(LEARNING_BYTES, training_bytes * token_cap / scarcest.token_cap)
     read_whole = scarcest if all_bytes < LEARNING_BYTES else None
     return [
         LEARNING_BYTES if source is read_whole else math.ceil(all_bytes * source.token_cap / token_cap)
