@@ -4,8 +4,11 @@ import re
 import subprocess
 
 import pytest
+from ruamel.yaml import YAML
 
 from encore.__main__ import COMMANDS
+from encore.mixture import split_cap
+from encore.params import find_problems
 from tests.conftest import ROOT, read_page
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -95,3 +98,10 @@ def test_the_readme_s_tree_is_the_repository_s():
     folders = {name.split("/")[0] for name in files if "/" in name and not name.startswith(".")}
     assert folders == set(re.findall(r"^    (\w+)/ ", tree, re.M))
     assert all(preset in tree for preset in PRESETS)
+
+
+def test_the_mixture_of_the_docs_is_a_page_that_passes() -> None:
+    [block] = re.findall(r"```yaml\n(dataset:.*?)```", (ROOT / "docs/own-text.md").read_text(), re.S)
+    page = YAML(typ="safe", pure=True).load(block)
+    assert find_problems({**read_page(), **page}) == []
+    assert split_cap(page["token_cap"], page["dataset_share"]) == {"code": 800_000_000, "web": 3_200_000_000}

@@ -77,8 +77,11 @@ def about_one(run: Results, revision: Revision) -> dict[str, Any]:
         stages = pipeline_graph.read_stages(
             read_yaml(revision, "dvc.yaml", Pipeline)["stages"], pipeline_graph.read_history()
         )
+    params = {param.key: param.value for param in run.params}
     return {
+        "title": tables.title(params),
         "evaluation": flatten(run.metrics["metrics/eval.json"], "."),
+        "tokens": flatten(run.tokens, "."),
         "stages": stages,
         "graph": pipeline_graph.draw(stages) if stages else None,
     }

@@ -158,6 +158,8 @@ def read_params(text: str) -> list[Param]:
     for key, value in values.items():
         meaning, _, below = comments.get(key, "").partition("\n")
         params.append(Param(key, value, meaning.lstrip("# "), group))
+        if isinstance(value, dict):  # then what is below stands behind its last line
+            below = "".join(tokens[2].value for tokens in page[key].ca.items.values() if tokens[2])
         group = _last_comment(below) or group
     return params
 

@@ -98,7 +98,15 @@ def describe_data(params: dict[str, Any]) -> str:
     if not isinstance(dataset, dict):
         return f"{dataset} at {revision}"
     shares = params["dataset_share"]
-    return "; ".join(f"{shares[name]:.4g} {dataset[name]} at {revision[name]}" for name in sorted(dataset))
+    return "; ".join(f"{100 * shares[name]:.4g} % {dataset[name]} at {revision[name]}" for name in sorted(dataset))
+
+
+def title(params: dict[str, Any]) -> str:
+    """The data in a few words: a single source, or the names of several with their shares in percent."""
+    shares = params.get("dataset_share")
+    if not shares:
+        return describe_data(params)
+    return " + ".join(f"{100 * shares[name]:.4g} % {name}" for name in sorted(shares))
 
 
 def provenance(run: Results, revision: Revision) -> dict[str, str]:

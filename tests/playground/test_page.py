@@ -201,6 +201,9 @@ def test_facts_of_the_model(folder):
     assert play.model_facts(folder, load_model(folder)).endswith(
         r" · trained on files:!\[x\](http\://elsewhere/x.png)\<img src=//elsewhere\>\` at `1`"
     )
+    sources = [{"dataset": f"files:{name}", "dataset_revision": name} for name in "ab"]
+    (folder / "encore.json").write_text(json.dumps({"bias": False, "data": {"sources": sources}}))
+    assert play.model_facts(folder, load_model(folder)).endswith(" · trained on `files:a` at `a`, `files:b` at `b`")
     (folder / "encore.json").write_text('{"bias": false}')
     assert play.model_facts(folder, load_model(folder)).endswith(" · 300 ids")
 

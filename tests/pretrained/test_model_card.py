@@ -117,6 +117,21 @@ def test_the_hub_reads_what_it_lists_models_by(tmp_path):
     }
 
 
+def test_a_mixture_names_each_source_and_its_share(tmp_path):
+    web = {**RECORD["data"]["sources"][0], "name": "web", "dataset": "hf:owner/web", "train_tokens": 3_000_000}
+    code = {**web, "name": "code", "dataset": "files:code/*.txt", "licence": "MIT", "train_tokens": 1_000_000}
+    data = {**RECORD["data"], "sources": [code, web], "train_tokens": 4_000_000}
+    write_card(tmp_path, {**RECORD, "data": data}, SUMMARY)
+    lines = (tmp_path / CARD).read_text(encoding="utf-8").splitlines()
+    assert "| data | `files:code/*.txt` at `0123abc` (25.0%); `hf:owner/web` at `0123abc` (75.0%) |" in lines
+    assert "| licence of the data | MIT; cc0-1.0 |" in lines
+    card = ModelCard.load(tmp_path / CARD).data
+    assert (card.datasets, card.license) == (["owner/web"], None)
+    (result,) = card.eval_results
+    assert (result.dataset_type, result.dataset_name) == (2 * ("files:code/*.txt + hf:owner/web",))
+    assert result.dataset_revision == "0123abc + 0123abc"
+
+
 @pytest.mark.parametrize(
     ("licence", "shown"),
     [("BSD-3-Clause", "bsd-3-clause"), ("BSD", "bsd"), (None, None), ("mit, cc0-1.0", None), ("See LICENSE", None)],

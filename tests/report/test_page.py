@@ -16,6 +16,7 @@ import pytest
 
 from encore.errors import EncoreError
 from encore.report import tables
+from encore.report.figures import datasets
 from encore.report.page import about_several, render
 from encore.report.results import add_clocks, load_results, read_params, read_tsv, split_samples
 from encore.report.revisions import find_revision
@@ -136,6 +137,51 @@ def test_each_parameter_has_its_meaning_and_group() -> None:
     ]
     groups = {param.key: param.group for param in params}
     assert (groups["split_seed"], groups["architecture"], groups["top_k"]) == ("Data", "Model", "Evaluation")
+
+
+MIXTURE = """\
+# Data
+dataset:   # where from
+  web: hf:owner/corpus
+  code: files:code/*.txt
+dataset_revision:   # which
+  web: abc
+  code: def
+dataset_share:   # how much
+  web: 0.8
+  code: 0.2
+
+# Model
+n_layer: 2   # blocks
+"""
+
+
+def test_a_mixture_has_its_sources_in_title_and_provenance() -> None:
+    params = read_params(MIXTURE)
+    described = [(param.key, param.meaning, param.group) for param in params]
+    assert described == [
+        ("dataset", "where from", "Data"),
+        ("dataset_revision", "which", "Data"),
+        ("dataset_share", "how much", "Data"),
+        ("n_layer", "blocks", "Model"),
+    ]
+    values = {param.key: param.value for param in params}
+    assert tables.title(values) == "20 % code + 80 % web"
+    assert tables.describe_data(values) == "20 % files:code/*.txt at def; 80 % hf:owner/corpus at abc"
+
+
+def test_a_single_run_of_a_mixture_draws_the_val_loss_of_each_source() -> None:
+    row = {"iter": 10, "tokens": 80, "hours": 0.1, "loss": 3.0}
+    clocks = {key: row[key] for key in ("iter", "tokens", "hours")}
+    losses = {"train_loss": 3.0, "val_loss": 3.2, "val_loss_code": 2.5, "val_loss_web": 3.4}
+    curves = {"train": [row], "eval": [{**clocks, **losses, "train_loss_code": 1.0}], "speed": []}
+
+    def of(name: str) -> Any:
+        return SimpleNamespace(name=name, curves=curves, positions=[])
+
+    drawn = {one["series"]: one["loss"] for one in datasets([of("a")])["losses"]}
+    assert drawn == {"single steps": 3.0, "train": 3.0, "val": 3.2, "val, code": 2.5, "val, web": 3.4}
+    assert {one["series"] for one in datasets([of("a"), of("b")])["losses"]} == {"train", "val"}
 
 
 def test_samples_are_taken_apart_at_their_fences() -> None:
