@@ -8,6 +8,7 @@ up to which iteration the folders have the rows that were closed. wandb writes a
 leaves one torn, and `wandb sync` then sends none of the run's folders; so the next start removes it.
 """
 
+import html
 import os
 import secrets
 import shutil
@@ -86,9 +87,9 @@ class WandbRun:
 
     def _log(self, row: dict[str, Any], run: Any) -> None:
         if row["iter"] > self.record["iter"]:
-            run.log(row, step=row["iter"], commit=True)
+            run.log({name: _as_shown(value) for name, value in row.items()}, step=row["iter"], commit=True)
             self.record["iter"] = row["iter"]
-        self._last_values |= row
+        self._last_values |= {name: value for name, value in row.items() if not isinstance(value, str)}
 
     def _summarize(self, summary: dict[str, Any], model_sha256: str, run: Any) -> None:
         run.summary.update(summary)
@@ -185,6 +186,15 @@ def _open(config: dict[str, Any], record: WandbRecord) -> Any:
         record["iter"] = run.starting_step - 1
         note(f"wandb: {run.url}")
     return run
+
+
+def _as_shown(value: Any) -> Any:
+    """A number as it is; text as a page, since wandb draws no plain text."""
+    if not isinstance(value, str):
+        return value
+    import wandb
+
+    return wandb.Html(f"<pre>{html.escape(value)}</pre>")
 
 
 def _on_one_line(error: Exception) -> str:
