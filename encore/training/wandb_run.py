@@ -86,10 +86,14 @@ class WandbRun:
             self.ask(partial(self._log, row))
 
     def _log(self, row: dict[str, Any], run: Any) -> None:
+        pages = {name: _make_page(value) for name, value in row.items() if isinstance(value, str)}
         if row["iter"] > self.record["iter"]:
-            run.log({name: _as_shown(value) for name, value in row.items()}, step=row["iter"], commit=True)
+            run.log(row | pages, step=row["iter"], commit=True)
             self.record["iter"] = row["iter"]
-        self._last_values |= {name: value for name, value in row.items() if not isinstance(value, str)}
+        else:
+            for name, page in pages.items():  # a kill may have lost it: files are sent apart from the rows
+                page.bind_to_run(run, name, row["iter"])
+        self._last_values |= {name: value for name, value in row.items() if name not in pages}
 
     def _summarize(self, summary: dict[str, Any], model_sha256: str, run: Any) -> None:
         run.summary.update(summary)
@@ -188,13 +192,11 @@ def _open(config: dict[str, Any], record: WandbRecord) -> Any:
     return run
 
 
-def _as_shown(value: Any) -> Any:
-    """A number as it is; text as a page, since wandb draws no plain text."""
-    if not isinstance(value, str):
-        return value
+def _make_page(text: str) -> Any:
+    """Text as wandb shows it; a plain string in a row is not shown."""
     import wandb
 
-    return wandb.Html(f"<pre>{html.escape(value)}</pre>")
+    return wandb.Html(f"<pre>{html.escape(text)}</pre>")
 
 
 def _on_one_line(error: Exception) -> str:
