@@ -318,7 +318,7 @@ def test_the_disk_needs_room_for_two_of_them(train_in, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_ranks_keep_the_same_model_and_only_the_first_writes(tmp_path):
-    """Whole copies and shards. Samples are taken in the same runs, once each."""
+    """Whole copies and shards; the environment of rank 0 decides. Samples are taken in the same runs, once each."""
     tokens = write_walk(tmp_path / "tokens")
     page = {
         **PAGE,
@@ -328,10 +328,12 @@ def test_ranks_keep_the_same_model_and_only_the_first_writes(tmp_path):
         "lr_decay_iters": 4,
         "checkpoint_interval": 2,
     }
+    asked = {"ENCORE_BEST_MODEL": "best", "ENCORE_SAMPLE_INTERVAL": "3"}
     runs = [
-        {"how": how, "folder": str(write_run(tmp_path / how, tokens, **page))} for how in ("alone", "two", "sharded")
+        {"how": how, "folder": str(write_run(tmp_path / how, tokens, **page)), "first_environment": asked}
+        for how in ("alone", "two", "sharded")
     ]
-    done = start_two_ranks(runs, ENCORE_SHARD="1", ENCORE_BEST_MODEL="best", ENCORE_SAMPLE_INTERVAL="3")
+    done = start_two_ranks(runs, ENCORE_SHARD="1")
     assert [code for code, _ in done] == [0, 0], done
     models = {}
     for run in runs:
