@@ -21,9 +21,9 @@ from encore.errors import EncoreError
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("encore", "stages")
 FOLDER = Path("data/code")
-# Not followed, since no result is made of them: error messages, progress bars, the history, the scratch folder, wandb
-# and TensorBoard. Nor the schema of params.yaml: dvc.yaml tracks each value that a stage gets. So a better message
-# reruns no training.
+# Not followed, since no result is made of them: error messages, progress bars, the history, the scratch folder, wandb,
+# TensorBoard, samples, the best model's folder, snapshots of the memory. Nor the schema of params.yaml: dvc.yaml tracks
+# each value that a stage gets. So a better message reruns no training.
 SILENT = {
     "encore.errors",
     "encore.notify",
@@ -31,8 +31,12 @@ SILENT = {
     "encore.pipeline.stage_history",
     "encore.progress",
     "encore.scratch",
+    "encore.source_params",
     "encore.streams",
     "encore.system_errors",
+    "encore.training.best_model",
+    "encore.training.memory_snapshot",
+    "encore.training.samples",
     "encore.training.tensorboard",
     "encore.training.wandb_evaluation",
     "encore.training.wandb_run",

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from encore.errors import EncoreError
-from encore.mixture import BY_SOURCE, SHARES, SOURCE, find_mismatches
+from encore.source_params import BY_SOURCE, SHARES, SOURCE, find_mismatches
 
 PAGE = Path("params.yaml")
 PIPELINE = Path("dvc.yaml")

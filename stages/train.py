@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -42,9 +43,11 @@ from encore.tokens.token_files import (
     token_hashes,
 )
 from encore.training import run_folder
+from encore.training.best_model import existing_parent, find_best_folder, note_what_is_past
 from encore.training.checkpoint import TRAINING, find_resumable, list_checkpoints
 from encore.training.metrics import Records
 from encore.training.optim import describe_groups
+from encore.training.samples import make_sampler
 from encore.training.tensorboard import open_tensorboard
 from encore.training.trainer import Trainer
 from encore.training.wandb_run import start_wandb
@@ -61,6 +64,7 @@ INIT_WAY_OUT = bring_back("data/init", "download_weights")
 def main() -> None:
     check_code("train")
     params = load_params("train")
+    find_best_folder()  # which refuses one that cannot serve, before anything is started
     if arguments := torchrun_arguments("stages.train"):
         run_under_torchrun(arguments, "stages.train")
         return
@@ -87,14 +91,14 @@ def train(params: StageParams, ranks: Ranks) -> None:
     with run_folder.locked(checkpoints, identity) if ranks.is_first else nullcontext():
         trainer = prepare(params, checkpoints, ranks)
         if ranks.is_first:
-            check_disk(trainer)
+            check_disk(trainer, find_best_folder())
         try:
             trainer.run(StopRequest())
         except BaseException:
             trainer.records.break_off()
             raise
         model = trainer.whole_model()
-        if ranks.is_first:
+        if model is not None:
             write_results(trainer, model)
             record_stage("train", MODEL / RECORD, STARTED)
 
@@ -139,6 +143,7 @@ def note_other_schedule(checkpoints: Path, identity: dict[str, Any]) -> None:
 
 def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Trainer:
     """Data, model and optimizer, new or as the newest checkpoint has them."""
+    sampler = make_sampler(TOKENS / RANKS_FILE, params.seed, ranks)
     tokens = TokenSplit(TOKENS, "train")
     train = Windows(tokens, params.block_size, "train")
     val = Windows(TokenSplit(TOKENS, "val"), params.block_size, "val")
@@ -173,6 +178,7 @@ def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Tra
     hashes = token_hashes(TOKENS) if ranks.local_rank == 0 else {}
     verification = Verification(hashes, WAY_OUT)
     trainer = Trainer(params, model, train, val, hardware, records, checkpoints, verification, ranks)
+    trainer.sampler = sampler
     trainer.check_compiled()
     if ranks.from_first(found is not None):
         trainer.resume(found)
@@ -183,25 +189,58 @@ def prepare(params: StageParams, checkpoints: Path, ranks: Ranks = ALONE) -> Tra
         records.say(f"{model.count_parameters():,} parameters; {describe_groups(trainer.optimizers)}")
         epochs = params.max_iters * trainer.windows_per_step / train.count
         records.say(f"{trainer.tokens_per_step:,} tokens an iteration, {epochs:.2f} epochs of {tokens.tokens:,} tokens")
+    set_up_best(trainer)
     return trainer
 
 
-def check_disk(trainer: Trainer) -> None:
-    """Raises EncoreError where the disk lacks the room for the checkpoints to come and for the model."""
+def set_up_best(trainer: Trainer) -> None:
+    """Has the best model kept, where rank 0's environment asks for it."""
+    params, is_first = trainer.params, trainer.ranks.is_first
+    folder = trainer.ranks.from_first(find_best_folder() if is_first else None)
+    if folder is None:
+        return
+    trainer.keep_best = partial(keep_best, trainer, folder)
+    if is_first and (rows := trainer.records.rows.eval):  # a resumed run
+        identity = run_folder.identity(params.as_dict(), **hash_inputs(params))
+        note_what_is_past(folder, rows, identity, params.max_iters)
+
+
+def keep_best(trainer: Trainer, folder: Path) -> None:
+    """Writes the model as it is now. All ranks must come."""
+    model = trainer.whole_model()
+    if model is not None:
+        write_model(folder, trainer, model, summarize_evaluation(trainer), is_best=True)
+    trainer.records.say(f"iter {trainer.iter}: the lowest val loss so far; {folder} has this model")
+
+
+def check_disk(trainer: Trainer, best_folder: Path | None = None) -> None:
+    """Raises EncoreError where the disk lacks the room for the checkpoints to come, for the model, and for the best
+    one, beside which a better one is written."""
     weight_bytes = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
     saver = trainer.saver
     # Weights and two moments each; the one being written comes beside those that are kept.
     checkpoint_bytes = (saver.kept + 1) * 3 * weight_bytes
     there_bytes = sum(file.stat().st_size for path in list_checkpoints(saver.folder) for file in path.iterdir())
+    best = [(existing_parent(best_folder), 2 * weight_bytes)] if best_folder else []
     check_room(
-        [(saver.folder, max(0, checkpoint_bytes - there_bytes)), (Path(), weight_bytes)],
+        [(saver.folder, max(0, checkpoint_bytes - there_bytes)), (Path(), weight_bytes), *best],
         "make room, lower keep_checkpoints, or set ENCORE_SCRATCH to a folder on a larger disk",
     )
 
 
 def write_results(trainer: Trainer, model: Model) -> None:
     """model/, the metrics and the last state of the curves."""
-    records, tokens = trainer.records, trainer.train.split
+    summary = summarize(trainer)
+    write_model(MODEL, trainer, model, summary)
+    write_json(METRICS / "metrics.json", summary)
+    trainer.records.finish(summary, sha256_of(MODEL / RECORD))
+    losses = f"train loss {summary['train']['loss']:.4f}, val loss {summary['val']['loss']:.4f}"
+    notify(f"ended at iteration {trainer.iter:,}, {losses}")
+
+
+def write_model(place: Path, trainer: Trainer, model: Model, summary: dict[str, Any], is_best: bool = False) -> None:
+    """A folder in Hugging Face's format. summary: for the card."""
+    tokens = trainer.train.split
     record = {
         "params": trainer.params.as_dict(),
         "data": describe_data(tokens),
@@ -210,15 +249,10 @@ def write_results(trainer: Trainer, model: Model) -> None:
         "code": trainer.code,
         "versions": find_versions(),
     }
-    summary = summarize(trainer)
-    with whole_folder(MODEL) as folder:
+    with whole_folder(place) as folder:
         save_hub_tokenizer(folder, read_ranks(TOKENS / RANKS_FILE), model.config.block_size)
         save_model(folder, model, read_ranks_file(TOKENS), record)
-        write_card(folder, record, summary)
-    write_json(METRICS / "metrics.json", summary)
-    records.finish(summary, sha256_of(MODEL / RECORD))
-    losses = f"train loss {summary['train']['loss']:.4f}, val loss {summary['val']['loss']:.4f}"
-    notify(f"ended at iteration {trainer.iter:,}, {losses}")
+        write_card(folder, record, summary, is_best)
 
 
 def describe_data(tokens: TokenSplit) -> dict[str, Any]:
@@ -247,15 +281,23 @@ def summarize(trainer: Trainer) -> dict[str, Any]:
     if peak and any("mfu" in row for row in rows.speed):
         of_peak = {"peak_tflops": peak.flops_per_second / 1e12, "mfu": median_speed("mfu"), "mfu_basis": peak.basis}
     return {
-        "val": {"loss": rows.eval[-1]["val_loss"]},
-        "train": {"loss": rows.eval[-1]["train_loss"]},
+        **summarize_evaluation(trainer),
         "lr": rows.train[-1]["lr"],
-        "iter": trainer.iter,
-        "tokens_seen": trainer.iter * trainer.tokens_per_step,
-        "parameters": trainer.model.count_parameters(),
         "tokens_per_second": median_speed("tokens_per_second"),
         "tflops": median_speed("tflops"),
         **of_peak,
+    }
+
+
+def summarize_evaluation(trainer: Trainer) -> dict[str, Any]:
+    """What is known behind any evaluation, before a step was logged too."""
+    evaluation = trainer.records.rows.eval[-1]
+    return {
+        "val": {"loss": evaluation["val_loss"]},
+        "train": {"loss": evaluation["train_loss"]},
+        "iter": trainer.iter,
+        "tokens_seen": trainer.iter * trainer.tokens_per_step,
+        "parameters": trainer.model.count_parameters(),
         "device": str(trainer.hardware),
         "devices": trainer.ranks.count,
     }

@@ -2,7 +2,8 @@
 and torchrun as the stage starts it.
 
 `python -m tests.ranks RUNS` is one of the two ranks; what torchrun would set is in the environment. RUNS is JSON: a
-list of runs, each with its `folder` (or `folders`, one for each rank), its `scratch` and `how` it is done.
+list of runs, each with its `folder` (or `folders`, one for each rank), its `scratch`, `how` it is done and what is
+set for rank 0 alone, `first_environment`.
 """
 
 import json
@@ -211,6 +212,8 @@ def do(run: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Trains as the stage does. Returns the error's message and what the files do not tell."""
     os.chdir(run.get("folder") or run["folders"][ranks.rank])
     os.environ["ENCORE_SCRATCH"] = run.get("scratch", ".encore")
+    if ranks.is_first:
+        os.environ |= run.get("first_environment", {})
     how = {"alone": ALONE, "two": replace(ranks, shards=False), "sharded": replace(ranks, shards=True)}
     try:
         page = {**load_params("train").as_dict(), **run.get("unchecked", {})}

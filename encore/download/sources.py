@@ -23,8 +23,8 @@ from encore.download.readers import COMPRESSIONS, PARQUET, read_documents, read_
 from encore.download.retries import TransferError
 from encore.errors import EncoreError
 from encore.files import check_room, link_or_copy, sha256_of, write_whole
-from encore.mixture import SOURCE
 from encore.progress import note
+from encore.source_params import SOURCE
 
 GPT2_RANKS_FILE = "r50k_base.tiktoken"
 GPT2_RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"

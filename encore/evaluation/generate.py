@@ -37,10 +37,13 @@ def generate(
     top_p: float,
     end_of_text: int,
     generator: torch.Generator,
+    records_graph: bool = True,
 ) -> Iterator[int]:
     """The ids that continue a prompt of at least one id: up to `max_new_tokens`, or to the end-of-text token, which is
-    not among them. A temperature of 0 takes the likeliest token."""
-    scored = generate_with_scores(model, prompt, max_new_tokens, temperature, top_k, top_p, end_of_text, generator)
+    not among them. A temperature of 0 takes the likeliest token. records_graph: whether a GPU records a pass over one
+    token and replays it; not in the midst of training, whose memory and hooks a recording would meet."""
+    how = (max_new_tokens, temperature, top_k, top_p, end_of_text, generator, records_graph)
+    scored = generate_with_scores(model, prompt, *how)
     return (token for token, _ in scored)
 
 
@@ -54,6 +57,7 @@ def generate_with_scores(
     top_p: float,
     end_of_text: int,
     generator: torch.Generator,
+    records_graph: bool = True,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """As `generate`, and with each id the model's scores of all ids in its place, (V,) float32 on the CPU, from which
     it was drawn: temperature, top-k and top-p have not touched them.
@@ -77,7 +81,7 @@ def generate_with_scores(
         ids = [*ids, token][-block_size:]
         if cache and cache.length < block_size:
             new = [token]
-            if device.type == "cuda" and replay is None:
+            if device.type == "cuda" and replay is None and records_graph:
                 replay = Replay(model, cache)
         else:
             cache, replay, new = None, None, ids

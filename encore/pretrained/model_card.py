@@ -35,6 +35,14 @@ TRUST = [
     "this folder, and runs that only with `trust_remote_code=True`.",
     "",
 ]
+MADE = [
+    "`dvc repro` in the commit whose dvc.lock names this folder's hash (`git log -S HASH -- dvc.lock`), with these",
+    "parameters; encore.json has them too, and the hashes of data and code.",
+]
+MADE_BEST = [
+    "`dvc repro` with these parameters. ENCORE_BEST_MODEL kept the model with the lowest val loss of the run, at the",
+    "iteration named above. encore.json has the parameters too, and the hashes of data and code.",
+]
 # Of the names that the Hub knows, those that text usually has. It refuses any other.
 HUB_LICENCES = {
     *("afl-3.0", "apache-2.0", "artistic-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc", "cc0-1.0"),
@@ -99,8 +107,9 @@ def _as_yaml(value: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) -> None:
-    """Writes the card. record: what encore.json holds. summary: what metrics.json holds."""
+def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any], is_best: bool = False) -> None:
+    """Writes the card. record: what encore.json holds. summary: what metrics.json holds. is_best: whether the model is
+    not the run's last one but the one that ENCORE_BEST_MODEL keeps."""
     data, params, versions = record["data"], record["params"], record["versions"]
     is_plus = params["architecture"] == PLUS
     facts = {
@@ -138,8 +147,7 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
         "",
         "## How it was made",
         "",
-        "`dvc repro` in the commit whose dvc.lock names this folder's hash (`git log -S HASH -- dvc.lock`), with these",
-        "parameters; encore.json has them too, and the hashes of data and code.",
+        *(MADE_BEST if is_best else MADE),
         "",
         "```json",
         *json.dumps(params, indent=2).splitlines(),

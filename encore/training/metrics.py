@@ -43,6 +43,7 @@ class Records:
         writes: bool = True,
     ) -> None:
         self.rows = Rows()
+        self.samples: list[dict[str, Any]] = []
         self.lines: list[str] = []
         self._metrics_folder, self._log_path, self._writes = metrics_folder, log_path, writes
         self._wandb, self._tensorboard = wandb_run, tensorboard
@@ -50,15 +51,16 @@ class Records:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"rows": vars(self.rows), "lines": self.lines}
+        return {"rows": vars(self.rows), "samples": self.samples, "lines": self.lines}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up the rows and lines of a checkpoint, and nothing that came after it. wandb is given those that it
         lacks, TensorBoard all."""
         self.rows, self.lines = Rows(**state["rows"]), state["lines"]
+        self.samples = state.get("samples", [])  # checkpoints of older code have none
         self._rewrite_log()
         steps = [_step_row(*rows) for rows in zip(self.rows.train, self.rows.speed, strict=True)]
-        for row in sorted([*steps, *map(_eval_row, self.rows.eval)], key=itemgetter("iter")):
+        for row in sorted([*steps, *map(_eval_row, self.rows.eval), *self.samples], key=itemgetter("iter")):
             self._pass_on(row)
 
     def say(self, line: str) -> None:
@@ -100,6 +102,13 @@ class Records:
         mixture = f" ({', '.join(of_sources)})" if of_sources else ""
         self.say(f"iter {row['iter']}: train loss {row['train_loss']:.4f}, val loss {row['val_loss']:.4f}{mixture}")
         self._pass_on(_eval_row(row))
+
+    def log_sample(self, iteration: int, text: str) -> None:
+        """What the model writes at an iteration. The log has it on one line, as Python spells it."""
+        row = {"iter": iteration, "sample": text}
+        self.samples.append(row)
+        self.say(f"iter {iteration}: sample: {text!r}")
+        self._pass_on(row)
 
     def _pass_on(self, row: dict[str, Any]) -> None:
         if self._wandb:

@@ -23,9 +23,11 @@ class TensorBoard:
         self._writer = writer
 
     def log(self, row: dict[str, Any]) -> None:
-        """A point of each curve that the row has a number for."""
+        """A point of each curve that the row has a number for, and the text that it has."""
         for name, value in row.items():
-            if name != "iter" and value is not None:
+            if isinstance(value, str):
+                self._writer.add_text(name, _as_code(value), row["iter"])
+            elif name != "iter" and value is not None:
                 self._writer.add_scalar(name, value, row["iter"])
 
     def end(self) -> None:
@@ -49,3 +51,8 @@ def open_tensorboard(run: str) -> TensorBoard | None:
         old.unlink()
     note(f"{SETTING}: {place} has the curves; `tensorboard --logdir {folder}` shows them")
     return TensorBoard(SummaryWriter(str(place), flush_secs=SECONDS_BETWEEN_WRITES))
+
+
+def _as_code(text: str) -> str:
+    """Text as a block of Markdown that is shown as it is."""
+    return "".join(f"    {line}\n" for line in text.split("\n"))

@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,15 @@ from encore.params import StageParams
 from encore.progress import Progress
 from encore.signals import StopRequest
 from encore.tokens.batches import Ahead, Windows
+from encore.training.best_model import is_best
 from encore.training.checkpoint import TRAINING, Checkpoint, Saver, restore
 from encore.training.compiled_check import check_compiled
 from encore.training.lr_schedule import get_lr
+from encore.training.memory_snapshot import memory_recorder
 from encore.training.metrics import Records
 from encore.training.optim import make_optimizers
 from encore.training.profile import profiler
+from encore.training.samples import Sampler
 
 
 class Trainer:
@@ -61,6 +65,8 @@ class Trainer:
         self.code = [{"from_iter": 0, "sha256": code_sha256(TRAINING)}]
         self._last_step: dict[str, float | None] = {}  # loss, learning rate, norm of the gradient
         self._step_seconds: list[float] = []  # of the steps since the last record
+        self.keep_best: Callable[[], None] | None = None  # all ranks are to have it, or none; and so with the sampler
+        self.sampler: Sampler | None = None
         # A process's first step compiles and allocates; iteration and time at its end.
         self._first_step_seconds = 0.0
         self._warm_since: tuple[int, float] | None = None
@@ -92,6 +98,7 @@ class Trainer:
             with (
                 Progress("train", params.max_iters, "iters", self.iter, lines=False, bar=shown) as progress,
                 profiler(self.iter, shown) as profile,
+                memory_recorder(self.iter, shown, self.device) as memory,
             ):
                 if not self.records.rows.eval:
                     self.evaluate()
@@ -100,10 +107,14 @@ class Trainer:
                     progress.add(1)
                     if profile:
                         profile.step()
+                    if memory:
+                        memory.step()
                     if self.iter % params.log_interval == 0:
                         self.log()
                     if self.iter % params.eval_interval == 0:
                         self.evaluate()
+                    if self.sampler and self.sampler.is_due(self.iter):
+                        self.sample(self.sampler)
                     last = self.iter == params.max_iters
                     stopped_by = self.ranks.largest(stop.signal_number or 0, self.device)
                     if self.iter % params.checkpoint_interval == 0 or last or stopped_by:
@@ -240,6 +251,15 @@ class Trainer:
             )
         self.records.log_eval({"iter": self.iter, **losses, **of_sources})
         self.records.publish()
+        if self.keep_best and is_best(self.records.rows.eval):
+            self.check_data()
+            self.keep_best()
+
+    def sample(self, sampler: Sampler) -> None:
+        """Records what the model writes now."""
+        model = self.whole_model()
+        if model is not None:
+            self.records.log_sample(self.iter, sampler.write(model, self.iter))
 
     def _sum_losses(self, windows: Windows, indices: np.ndarray) -> tuple[float, float]:
         """Nats and tokens of these windows, on all ranks together."""
@@ -269,12 +289,16 @@ class Trainer:
         }
         self.saver.save(self.iter, self.model, self.optimizers, state)
 
-    def whole_model(self) -> Model:
-        """The model in one piece; all ranks must ask."""
+    def whole_model(self) -> Model | None:
+        """The model in one piece, for the first rank; None for the others, which must ask too."""
         if not self.ranks.shards:
-            return self.model
-        model = make_model(self.model.config)
-        model.load_state_dict({name: gather(tensor).cpu() for name, tensor in self.model.state_dict().items()})
+            return self.model if self.ranks.is_first else None
+        model = make_model(self.model.config) if self.ranks.is_first else None
+        places = model.state_dict() if model else {}
+        for name, tensor in self.model.state_dict().items():
+            whole = gather(tensor)
+            if model:
+                places[name].copy_(whole)
         return model
 
     def _mine(self, windows: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ up to which iteration the folders have the rows that were closed. wandb writes a
 leaves one torn, and `wandb sync` then sends none of the run's folders; so the next start removes it.
 """
 
+import html
 import os
 import secrets
 import shutil
@@ -85,10 +86,14 @@ class WandbRun:
             self.ask(partial(self._log, row))
 
     def _log(self, row: dict[str, Any], run: Any) -> None:
+        pages = {name: _make_page(value) for name, value in row.items() if isinstance(value, str)}
         if row["iter"] > self.record["iter"]:
-            run.log(row, step=row["iter"], commit=True)
+            run.log(row | pages, step=row["iter"], commit=True)
             self.record["iter"] = row["iter"]
-        self._last_values |= row
+        else:
+            for name, page in pages.items():  # a kill may have lost it: files are sent apart from the rows
+                page.bind_to_run(run, name, row["iter"])
+        self._last_values |= {name: value for name, value in row.items() if name not in pages}
 
     def _summarize(self, summary: dict[str, Any], model_sha256: str, run: Any) -> None:
         run.summary.update(summary)
@@ -185,6 +190,13 @@ def _open(config: dict[str, Any], record: WandbRecord) -> Any:
         record["iter"] = run.starting_step - 1
         note(f"wandb: {run.url}")
     return run
+
+
+def _make_page(text: str) -> Any:
+    """Text as wandb shows it; a plain string in a row is not shown."""
+    import wandb
+
+    return wandb.Html(f"<pre>{html.escape(text)}</pre>")
 
 
 def _on_one_line(error: Exception) -> str:

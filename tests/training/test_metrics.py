@@ -174,3 +174,13 @@ def test_a_run_that_is_broken_off_has_failed_at_wandb(tmp_path):
     make_records(tmp_path, run).break_off()
     assert (run.exit_codes, run.summaries) == ([1], [])
     make_records(tmp_path).break_off()  # nor does it need wandb
+
+
+def test_the_state_of_a_checkpoint_from_before_there_were_samples_is_taken_up(tmp_path, capsys):
+    records = make_records(tmp_path)
+    log_steps(records, 1, 2)
+    state = json.loads(json.dumps(records.state()))
+    assert state.pop("samples") == []
+    resumed = make_records(tmp_path)
+    resumed.restore(state)
+    assert resumed.state() == records.state()

@@ -1,6 +1,8 @@
 """wandb for real, against a server of its protocol on loopback: an interrupted run is one curve there, and the stage
 evaluate adds to it."""
 
+import ast
+import html
 import json
 import re
 import shutil
@@ -118,6 +120,12 @@ def documented_steps():
     return [list(range(int(first), int(last) + 1)) for first, last in rows]
 
 
+def read_samples(log):
+    """(iteration, text) of the samples in training.log."""
+    found = re.findall(r"^iter (\d+): sample: (.*)$", log.read_text(), re.M)
+    return [(int(iteration), ast.literal_eval(text)) for iteration, text in found]
+
+
 def models(server):
     return [artifact for artifact in server.artifacts if artifact.type == "model"]
 
@@ -153,3 +161,20 @@ def test_a_run_killed_offline_is_one_curve_after_wandb_sync(stages, tmp_path):
     (model,) = models(server)
     assert model.committed
     assert model.files == {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+
+
+def test_samples_of_a_run_that_was_killed_are_there_once_each(stages, tmp_path):
+    samples = {"WANDB_MODE": "online", "ENCORE_SAMPLE_INTERVAL": "3", "ENCORE_SAMPLE_PROMPT": "<b>"}
+    with serving() as server:
+        stages(server.url, training(7, int(signal.SIGKILL)), -signal.SIGKILL, **samples)
+        stages(server.url, training(), **samples)
+        assert server.errors == []
+        (run,) = server.runs.values()
+    assert [row["_step"] for row in run.history] == list(range(11))
+    pages = [(row["iter"], run.files[row["sample"]["path"]].decode()) for row in run.rows() if "sample" in row]
+    expected = read_samples(tmp_path / "training.log")
+    assert [iteration for iteration, _ in expected] == [3, 6, 9]
+    assert [iteration for iteration, _ in pages] == [3, 6, 9]
+    for (_, page), (_, text) in zip(pages, expected, strict=True):
+        assert text.startswith("<b>")
+        assert f"<pre>{html.escape(text)}</pre>" in page
