@@ -79,7 +79,7 @@ def describe_for_hub(record: dict[str, Any], summary: dict[str, Any]) -> dict[st
     }
 
 
-def _as_yaml(value: dict[str, Any]) -> str:
+def as_yaml(value: dict[str, Any]) -> str:
     text = io.StringIO()
     YAML().dump(value, text)
     return text.getvalue()
@@ -103,7 +103,7 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
     }
     lines = [
         "---",
-        _as_yaml(describe_for_hub(record, summary)).removesuffix("\n"),
+        as_yaml(describe_for_hub(record, summary)).removesuffix("\n"),
         "---",
         "",
         f"# {TITLES[params['architecture']]} trained with Encore",

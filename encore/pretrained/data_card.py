@@ -1,0 +1,148 @@
+"""README.md of uploaded data/tokens, in the form that the Hugging Face Hub shows as a card.
+
+It is made for the upload and is no file of data/tokens, whose bytes stay those of the pipeline.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from encore.pretrained.markup import as_markdown, as_markdown_code
+from encore.pretrained.model_card import HUB_LICENCES, as_yaml
+from encore.schemas import ShardEntry, TokenManifest
+from encore.tokens.token_files import RANKS_FILE, SPLITS, read_manifest
+from encore.tokens.tokenizer import END_OF_TEXT, GPT2_PATTERN
+
+# The Hub's names for how many rows there are, by the power of ten that they do not reach.
+SIZES = {3: "n<1K", 4: "1K<n<10K", 5: "10K<n<100K", 6: "100K<n<1M", 7: "1M<n<10M", 8: "10M<n<100M", 9: "100M<n<1B"}
+LARGEST = "1B<n<10B"
+USE = f"""\
+import base64
+from pathlib import Path
+import numpy as np
+import tiktoken
+
+tokens = np.memmap("train_00000.bin", dtype="DTYPE", mode="r")
+lines = [line.split() for line in Path("{RANKS_FILE}").read_bytes().splitlines()]
+ranks = {{base64.b64decode(token): int(rank) for token, rank in lines}}
+pattern = r"{GPT2_PATTERN}"
+encoding = tiktoken.Encoding(
+    "data", pat_str=pattern, mergeable_ranks=ranks, special_tokens={{"{END_OF_TEXT}": len(ranks)}}
+)
+print(encoding.decode(tokens[:100].tolist()))
+"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where text came from. dataset and revision: as params.yaml names them."""
+
+    dataset: str
+    revision: str
+    licence: str | None
+
+    @property
+    def hub_repository(self) -> str | None:
+        """Its name on the Hub, where it is a data set of the Hub."""
+        kind, _, place = self.dataset.partition(":")
+        return "/".join(place.split("/")[:2]) if kind == "hf" else None
+
+
+def find_sources(manifest: TokenManifest) -> list[Source]:
+    """What the tokens were made from."""
+    return [Source(manifest["dataset"], manifest["dataset_revision"], manifest["licence"])]
+
+
+def describe_folder(folder: Path) -> bytes:
+    """The card of a token folder. Raises EncoreError where its manifest is missing or damaged."""
+    manifest = read_manifest(folder)
+    return describe(
+        find_sources(manifest),
+        manifest["shards"],
+        np.dtype(manifest["dtype"]),
+        manifest["tokenizer"],
+        manifest["vocab_size"],
+        manifest["token_cap"],
+    ).encode()
+
+
+def describe(
+    sources: Sequence[Source],
+    shards: dict[str, list[ShardEntry]],
+    dtype: np.dtype,
+    tokenizer: str,
+    vocab_size: int,
+    token_cap: int,
+) -> str:
+    """The card. tokenizer: as params.yaml names it. token_cap: as many training tokens were wanted."""
+    documents = sum(shard["documents"] for split in SPLITS for shard in shards[split])
+    tokens = sum(shard["tokens"] for split in SPLITS for shard in shards[split])
+    lines = [
+        "---",
+        as_yaml(_describe_for_hub(sources, documents)).removesuffix("\n"),
+        "---",
+        "",
+        "# Tokens made with Encore",
+        "",
+        f"{tokens:,} tokens of {documents:,} documents. They can be turned back into the text, whose licence holds.",
+        "",
+        "| source | revision | licence |",
+        "|---|---|---|",
+        *(
+            f"| {as_markdown_code(source.dataset)} | {as_markdown_code(source.revision)} "
+            f"| {as_markdown(source.licence or 'not named by the source: look there before you use it')} |"
+            for source in sources
+        ),
+        "",
+        "| split | files | tokens | documents | bytes of text | bytes of tokens |",
+        "|---|---|---|---|---|---|",
+        *(_describe_split(split, shards[split], dtype) for split in SPLITS),
+        "",
+        f"- Tokenizer: {as_markdown_code(tokenizer)}, {vocab_size:,} ids. `{RANKS_FILE}` holds its ranks.",
+        f"- Files: {dtype.name}, little-endian, without a header; at most 100M tokens in each.",
+        f"- Documents: each is followed by the end-of-text token, {vocab_size - 1}. One may go on in the next file.",
+        "- `manifest.json` has the sha256 of each file.",
+        "",
+        "## How to read it",
+        "",
+        "```python",
+        *USE.replace("DTYPE", np.dtype(dtype).newbyteorder("<").str).splitlines(),
+        "```",
+        "",
+        "`encore.TokenWindows` reads the folder as well.",
+        "",
+        "## How to make it again",
+        "",
+        "`dvc repro tokenize` in the commit of Encore whose dvc.lock names this folder's hash",
+        "(`git log -S HASH -- dvc.lock`) gives the same bytes. `manifest.json` names the source and its revision, the",
+        f"tokenizer and `token_cap`, {token_cap:,} here; the commit's params.yaml has the other keys.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _describe_for_hub(sources: Sequence[Source], documents: int) -> dict[str, Any]:
+    """What the Hub lists and searches data sets by. It has no viewer for files of integers."""
+    licences = [(source.licence or "").lower() for source in sources]
+    known = list(dict.fromkeys(licences)) if HUB_LICENCES.issuperset(licences) else []
+    repositories = list(dict.fromkeys(source.hub_repository for source in sources if source.hub_repository))
+    return {
+        **({"license": known[0] if len(known) == 1 else known} if known else {}),
+        "task_categories": ["text-generation"],
+        "tags": ["encore", "tokens"],
+        "size_categories": [SIZES.get(max(3, math.floor(math.log10(max(1, documents))) + 1), LARGEST)],
+        **({"source_datasets": repositories} if repositories else {}),
+        "viewer": False,
+    }
+
+
+def _describe_split(split: str, shards: Sequence[ShardEntry], dtype: np.dtype) -> str:
+    tokens = sum(shard["tokens"] for shard in shards)
+    documents = sum(shard["documents"] for shard in shards)
+    text_bytes = sum(shard["text_bytes"] for shard in shards)
+    cells = (len(shards), tokens, documents, text_bytes, tokens * dtype.itemsize)
+    return " | ".join([f"| {split}", *(f"{cell:,}" for cell in cells)]) + " |"
