@@ -11,7 +11,7 @@ COMMANDS = {
     "play": ("encore.playground.page", "try a model in the browser"),
     "report": ("encore.report.page", "put one run, or several side by side, on a page"),
     "sources": ("encore.download.sources", "print the revision that pins a data set"),
-    "upload": ("encore.pretrained.upload", "put a model on the Hugging Face Hub"),
+    "upload": ("encore.pretrained.upload", "put a model, or the tokens, on the Hugging Face Hub"),
     "verify": ("encore.pipeline.verify", "read all data and results, and tell what is damaged"),
     "mend": ("encore.pipeline.mend", "repair what a killed dvc has left behind"),
     "summary": ("encore.report.summary", "print the run in a table"),

@@ -22,6 +22,7 @@ def to_hub_config(config: GPT2Config) -> dict[str, Any]:
         "model_type": "gpt2",
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
+        "n_ctx": config.block_size,  # the published GPT-2's other name for it, which llama.cpp's converter asks for
         "n_embd": config.n_embd,
         "n_layer": config.n_layer,
         "n_head": config.n_head,

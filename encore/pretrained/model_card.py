@@ -5,6 +5,7 @@ It holds nothing that a clock says, nor the commit: the same run writes the same
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def describe_for_hub(record: dict[str, Any], summary: dict[str, Any]) -> dict[st
     the data is not known.
     """
     sources, architecture = record["data"]["sources"], record["params"]["architecture"]
-    repositories = list(filter(None, map(_repository, sources)))
+    repositories = list(filter(None, map(hub_repository, sources)))
     licences = {(source["licence"] or "").lower() for source in sources}
     licence = licences.pop() if len(licences) == 1 else None
     whole = " + ".join(source["dataset"] for source in sources)
@@ -90,7 +91,7 @@ def describe_for_hub(record: dict[str, Any], summary: dict[str, Any]) -> dict[st
     }
 
 
-def _repository(source: dict[str, Any]) -> str | None:
+def hub_repository(source: Mapping[str, Any]) -> str | None:
     """The Hub's name of a source of data, None for one from elsewhere."""
     kind, _, place = source["dataset"].partition(":")
     return "/".join(place.split("/")[:2]) if kind == "hf" else None
@@ -101,7 +102,7 @@ def _describe_source(source: dict[str, Any], train_tokens: int) -> str:
     return f"{as_markdown_code(source['dataset'])} at {as_markdown_code(source['dataset_revision'])}{share}"
 
 
-def _as_yaml(value: dict[str, Any]) -> str:
+def as_yaml(value: dict[str, Any]) -> str:
     text = io.StringIO()
     YAML().dump(value, text)
     return text.getvalue()
@@ -126,7 +127,7 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any], is
     }
     lines = [
         "---",
-        _as_yaml(describe_for_hub(record, summary)).removesuffix("\n"),
+        as_yaml(describe_for_hub(record, summary)).removesuffix("\n"),
         "---",
         "",
         f"# {TITLES[params['architecture']]} trained with Encore",

@@ -1,39 +1,55 @@
-"""A model's folder on the Hugging Face Hub.
+"""A model's folder, or the tokens of data/tokens, on the Hugging Face Hub.
 
-    encore upload OWNER/NAME [--model DIR] [--private]
+    encore upload OWNER/NAME [--model DIR | --data] [--private]
 
-Compares the files with the hashes of encore.json, makes the repository if there is none of this name, uploads the files
-and prints the address. The token is the one of HF_TOKEN or of `hf auth login`; HF_ENDPOINT names another Hub.
+Compares the files with the hashes of encore.json or of the manifest, makes the repository if there is none of this
+name, uploads the files and prints the address. data/tokens gets a card there that it has not here. The token is the one
+of HF_TOKEN or of `hf auth login`; HF_ENDPOINT names another Hub.
 """
 
 import argparse
 from pathlib import Path
 
 from encore.errors import EncoreError
+from encore.integrity import Verification
+from encore.pretrained.data_card import describe_folder
 from encore.pretrained.init_from import RECORD, bring_model_back, check_hashes, read_record
 from encore.pretrained.model_card import CARD
+from encore.tokens.token_files import MANIFEST, WAY_OUT, token_hashes
 
-MESSAGE = "A model of Encore"  # of the commit
+TOKENS = Path("data/tokens")
 
 
-def upload(folder: Path, repository: str, private: bool) -> str:
+def upload_model(folder: Path, repository: str, private: bool) -> str:
     """The address of the repository, OWNER/NAME, that then has the files of a model and no other file of its folder.
 
     private: of a repository that is made here. Raises EncoreError where a file is missing or has other bytes than when
     it was written, and where the Hub refuses or cannot be reached.
     """
-    names = find_files(folder)
+    return _upload({name: folder / name for name in find_files(folder)}, repository, "model", private)
 
+
+def upload_tokens(folder: Path, repository: str, private: bool) -> str:
+    """The same of a data set that has the shards of a token folder, their tokenizer and manifest, and a card."""
+    card = describe_folder(folder)
+    hashes = token_hashes(folder)
+    Verification(hashes, WAY_OUT).check()
+    paths = [*hashes, folder / MANIFEST]
+    return _upload({**{path.name: path for path in paths}, CARD: card}, repository, "dataset", private)
+
+
+def _upload(files: dict[str, Path | bytes], repository: str, kind: str, private: bool) -> str:
     # It takes half a second, which no other command should.
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     if not get_token():
         raise EncoreError(f"{repository}: the Hub wants a token; set HF_TOKEN, or run `hf auth login`")
     api = HfApi()
     try:
-        address = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=names, commit_message=MESSAGE)
+        address = api.create_repo(repository, repo_type=kind, private=private, exist_ok=True)
+        added = [CommitOperationAdd(name, content) for name, content in files.items()]
+        api.create_commit(repository, added, commit_message=f"A {kind} of Encore", repo_type=kind)
     except HfHubHTTPError as error:
         raise EncoreError(_refusal(repository, error.response.status_code)) from None
     except (HTTPError, ConnectionError) as error:  # the second where HF_HUB_OFFLINE is set
@@ -75,11 +91,14 @@ def _refusal(repository: str, status: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="encore upload", description="Uploads a model to the Hugging Face Hub.")
+    parser = argparse.ArgumentParser(prog="encore upload", description="Uploads to the Hugging Face Hub.")
     parser.add_argument("repository", metavar="OWNER/NAME", help="a repository, which is made if there is none")
-    parser.add_argument("--model", type=Path, default=Path("model"), metavar="DIR", help="default: model")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", type=Path, default=Path("model"), metavar="DIR", help="a model; default: model")
+    what.add_argument("--data", action="store_true", help=f"{TOKENS} instead, as a data set")
     parser.add_argument("--private", action="store_true", help="a new repository is seen by its owner alone")
     arguments = parser.parse_args()
     if arguments.repository.count("/") != 1:
         raise EncoreError(f"{arguments.repository} is no repository of the Hub; name one as OWNER/NAME")
-    print(upload(arguments.model, arguments.repository, arguments.private))
+    upload, folder = (upload_tokens, TOKENS) if arguments.data else (upload_model, arguments.model)
+    print(upload(folder, arguments.repository, arguments.private))

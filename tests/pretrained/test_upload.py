@@ -1,7 +1,8 @@
-"""A model's folder on a Hub on loopback, which answers what huggingface_hub asks for an upload over HTTP."""
+"""A model or tokens on a Hub on loopback, which answers what huggingface_hub asks for an upload over HTTP."""
 
 import base64
 import json
+import re
 import sys
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,19 +13,20 @@ from huggingface_hub import constants
 from encore.errors import EncoreError
 from encore.pretrained.init_from import RECORD, WEIGHTS
 from encore.pretrained.model_card import CARD
-from encore.pretrained.upload import main, upload
+from encore.pretrained.upload import main, upload_model, upload_tokens
 from tests.hub import COMMIT, answering, connected
 from tests.small_models import save_small_model
+from tests.token_folders import make_documents, write_token_folder
 
 NAME = "owner/name"
 
 
 class Hub(ThreadingHTTPServer):
-    """What it got: the repository as it was asked for, the files of the commit, and the tokens."""
+    """What it got: the repository as it was asked for, the files of the commit, the cards, and the tokens."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.made, self.files, self.objects, self.tokens = [], {}, {}, set()
+        self.made, self.files, self.objects, self.cards, self.tokens = [], {}, {}, [], set()
         self.refuses = None  # the status of every answer
 
     @property
@@ -53,17 +55,18 @@ class Handler(BaseHTTPRequestHandler):
             hub.made.append(json.loads(body))
             self.send(409 if len(hub.made) > 1 else 200, {"url": f"{hub.url}/{NAME}"})
         elif self.path == "/api/validate-yaml":
+            hub.cards.append(json.loads(body))
             self.send(200, {"errors": [], "warnings": []})
-        elif self.path == f"/api/models/{NAME}/preupload/main":
+        elif re.fullmatch(f"/api/(models|datasets)/{NAME}/preupload/main", self.path):
             asked = [file["path"] for file in json.loads(body)["files"]]
-            modes = {path: "lfs" if path == WEIGHTS else "regular" for path in asked}
+            modes = {path: "lfs" if path.endswith((".safetensors", ".bin")) else "regular" for path in asked}
             rows = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
             self.send(200, {"files": rows})
-        elif self.path == f"/{NAME}.git/info/lfs/objects/batch":
+        elif self.path in (f"/{NAME}.git/info/lfs/objects/batch", f"/datasets/{NAME}.git/info/lfs/objects/batch"):
             rows = json.loads(body)["objects"]
             actions = [{**row, "actions": {"upload": {"href": f"{hub.url}/store/{row['oid']}"}}} for row in rows]
             self.send(200, {"transfer": "basic", "objects": actions})
-        elif self.path == f"/api/models/{NAME}/commit/main":
+        elif re.fullmatch(f"/api/(models|datasets)/{NAME}/commit/main", self.path):
             self.commit([json.loads(line) for line in body.splitlines()])
         else:
             self.send(404, {})
@@ -105,6 +108,14 @@ def hub(monkeypatch):
 
 
 @pytest.fixture
+def tokens(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENCORE_SCRATCH", str(tmp_path / "scratch"))
+    train, val = make_documents([30, 40], 300, seed=1), make_documents([20], 300, seed=2)
+    write_token_folder(tmp_path / "data/tokens", train, val, 300, shard_tokens=40)
+    return tmp_path / "data/tokens"
+
+
+@pytest.fixture
 def folder(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
@@ -123,18 +134,44 @@ def test_the_files_of_the_model_arrive_and_no_others(hub, folder, monkeypatch, c
     assert hub.files == expected
     assert list(hub.objects) == [sha256(expected[WEIGHTS]).hexdigest()]
     assert hub.tokens == {"Bearer hf_secret"}
-    assert hub.made == [{"name": "name", "organization": "owner", "visibility": "private"}]
+    assert hub.made == [{"name": "name", "organization": "owner", "type": "model", "visibility": "private"}]
     hub.files.clear()
-    upload(folder, NAME, private=False)  # a second time, to the same repository
+    upload_model(folder, NAME, private=False)  # a second time, to the same repository
     assert hub.files == expected
     assert hub.made[1]["visibility"] == "public"
+
+
+def test_tokens_arrive_with_a_card_as_a_data_set(hub, tokens, monkeypatch, capsys, tmp_path):
+    expected = {path.name: path.read_bytes() for path in tokens.iterdir()}
+    assert set(expected) == {"manifest.json", "tokenizer.tiktoken", *(f"train_0000{n}.bin" for n in (0, 1))} | {
+        "val_00000.bin"
+    }
+    (tokens / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["encore upload", NAME, "--data", "--private"])
+    main()
+    assert capsys.readouterr().out == f"{hub.url}/{NAME}\n"
+    card = hub.files.pop(CARD).decode()
+    assert "| `package:made-up` | `1.0` | MIT |" in card.splitlines()
+    assert hub.files == expected
+    assert hub.made == [{"name": "name", "organization": "owner", "type": "dataset", "visibility": "private"}]
+    assert hub.cards == [{"content": card, "repoType": "dataset"}]
+    assert not (tokens / CARD).exists()
+
+
+def test_damaged_tokens_are_not_uploaded(hub, tokens):
+    shard = tokens / "train_00001.bin"
+    shard.write_bytes(shard.read_bytes()[::-1])
+    with pytest.raises(EncoreError, match=f"^{shard} has other bytes than its manifest says; "):
+        upload_tokens(tokens, NAME, private=False)
+    assert (hub.made, hub.files) == ([], {})
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
 def test_a_damaged_file_is_not_uploaded(hub, folder, name):
     (folder / name).write_bytes((folder / name).read_bytes() + b" ")
     with pytest.raises(EncoreError, match=f"^{folder / name}: other bytes than {folder / RECORD} has the hash of; "):
-        upload(folder, NAME, private=False)
+        upload_model(folder, NAME, private=False)
     assert (hub.made, hub.files) == ([], {})
 
 
@@ -142,12 +179,12 @@ def test_a_damaged_file_is_not_uploaded(hub, folder, name):
 def test_a_missing_file_is_told(hub, folder, name):
     (folder / name).unlink()
     with pytest.raises(EncoreError, match=f"^{folder} lacks {name}; bring {folder} back from where it came$"):
-        upload(folder, NAME, private=False)
+        upload_model(folder, NAME, private=False)
 
 
 def test_a_folder_without_hashes_is_refused(hub, tmp_path):
     with pytest.raises(EncoreError, match="has no hashes; name the folder of a model that Encore wrote"):
-        upload(tmp_path, NAME, private=False)
+        upload_model(tmp_path, NAME, private=False)
 
 
 @pytest.mark.parametrize(
@@ -157,19 +194,19 @@ def test_a_folder_without_hashes_is_refused(hub, tmp_path):
 def test_a_refusal_is_a_sentence(hub, folder, status, told):
     hub.refuses = status
     with pytest.raises(EncoreError, match=f"^{NAME}: the Hub .*{told}"):
-        upload(folder, NAME, private=False)
+        upload_model(folder, NAME, private=False)
 
 
 def test_no_token_no_network_and_no_name_are_sentences(hub, folder, monkeypatch, tmp_path):
     with pytest.raises(EncoreError, match=r"^own er/name: it cannot be uploaded \(.*\); mend that and run again$"):
-        upload(folder, "own er/name", private=False)
+        upload_model(folder, "own er/name", private=False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(EncoreError, match=f"^{NAME}: the connection to the Hub fails .*HF_HUB_OFFLINE and run again$"):
-        upload(folder, NAME, private=False)
+        upload_model(folder, NAME, private=False)
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(EncoreError, match=f"^{NAME}: the Hub wants a token; set HF_TOKEN, or run `hf auth login`$"):
-        upload(folder, NAME, private=False)
+        upload_model(folder, NAME, private=False)
     monkeypatch.setattr(sys, "argv", ["encore upload", "name"])
     with pytest.raises(EncoreError, match=r"^name is no repository of the Hub; name one as OWNER/NAME$"):
         main()
