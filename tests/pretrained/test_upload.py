@@ -152,7 +152,7 @@ def test_tokens_arrive_with_a_card_as_a_data_set(hub, tokens, monkeypatch, capsy
     main()
     assert capsys.readouterr().out == f"{hub.url}/{NAME}\n"
     card = hub.files.pop(CARD).decode()
-    assert "| `package:made-up` | `1.0` | MIT |" in card.splitlines()
+    assert "| `package:made-up` | `1.0` | MIT | 70 |" in card.splitlines()
     assert hub.files == expected
     assert hub.made == [{"name": "name", "organization": "owner", "type": "dataset", "visibility": "private"}]
     assert hub.cards == [{"content": card, "repoType": "dataset"}]
