@@ -20,8 +20,9 @@ from encore.errors import EncoreError
 from encore.evaluation.losses import evaluate_split
 from encore.integrity import Verification
 from encore.models.architectures import make_config, make_model
-from encore.params import StageParams
-from encore.tokens import parts
+from encore.params import StageParams, load_params
+from encore.scratch import scratch_folder
+from encore.tokens import cluster, parts
 from encore.tokens.batches import Windows
 from encore.tokens.documents import RowGroup, is_val
 from encore.tokens.ranks import write_ranks
@@ -199,6 +200,19 @@ def test_killed_amid_the_second_source_it_goes_on_to_the_same_bytes() -> None:
     finished = sorted(path.parent.name for path in Path(".encore").glob("tokens/*/part-*/part.json"))
     assert finished == [f"part-{number:05d}" for number in (0, 1, 5, 6, 7)], "of code up to its cap, and some of prose"
     subprocess.run([sys.executable, "-c", SMALL_PARTS + RUN], env=environment, check=True, capture_output=True)
+    assert read_folder(TOKENS) == folder
+
+
+def test_parts_that_other_machines_encode_are_those_of_each_source() -> None:
+    folder = run()
+    store = cluster.open_store(Path("data/raw"), load_params("tokenize"), scratch_folder())
+    missing = cluster.list_missing(store, {})
+    for source in store.sources:
+        assert 0 < len(set(missing) & set(source.parts)) < len(source.parts)
+    for index in missing:
+        cluster.encode_part(store, index, threads=1)
+    assert cluster.list_missing(store, dict.fromkeys(missing, 10**9)) == []
+    tokenize.main()
     assert read_folder(TOKENS) == folder
 
 
