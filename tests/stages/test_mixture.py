@@ -204,7 +204,10 @@ def test_killed_amid_the_second_source_it_goes_on_to_the_same_bytes() -> None:
 
 
 def test_parts_that_other_machines_encode_are_those_of_each_source() -> None:
-    folder = run()
+    download.main()
+    write_mixture(token_cap=CAP // 3)
+    tokenize.main()
+    folder = read_folder(TOKENS)
     store = cluster.open_store(Path("data/raw"), load_params("tokenize"), scratch_folder())
     missing = cluster.list_missing(store, {})
     for source in store.sources:
