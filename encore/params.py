@@ -127,6 +127,7 @@ class Params(BaseModel):
     block_size: Size
     bias: Annotated[bool, Field(strict=True)]
     dropout: Annotated[Real, Field(ge=0, lt=1)]
+    document_masking: Annotated[bool, Field(strict=True)]
     init_from: Annotated[
         Text, AfterValidator(_name), BeforeValidator(lambda value: _start(value) if isinstance(value, str) else value)
     ]

@@ -203,6 +203,7 @@ class ModelRecord(TypedDict):
     there were hashes lack the last two."""
 
     bias: NotRequired[bool]  # of GPT-2
+    document_masking: NotRequired[bool]
     params: NotRequired[dict[str, Any]]
     data: NotRequired[dict[str, Any]]
     data_sha256: NotRequired[Sha256]

@@ -126,6 +126,16 @@ def tokens_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def short_documents(tmp_path: Path) -> Path:
+    """The same walk in documents of 23 tokens and their end-of-text."""
+    walk = np.cumsum(np.random.default_rng(0).integers(0, 4, 5760)) % 299
+    walk[23::24] = 299
+    folder = tmp_path / "data" / "tokens"
+    write_tokens(folder, walk[:5040], walk[5040:], vocab_size=300)
+    return folder
+
+
+@pytest.fixture
 def fetch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to fetch into; the working directory is beside it."""
     (tmp_path / "work").mkdir()

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,32 @@ from torch.utils.data import DataLoader
 
 import encore
 from encore.errors import EncoreError
+from encore.evaluation.losses import evaluate_split
+from encore.pretrained.model_folder import save_model
+from encore.tokens.batches import Windows
+from encore.tokens.token_files import RANKS_FILE, TokenSplit
 from tests.conftest import ROOT, pipeline_environment
+from tests.models.test_architectures import CONFIGS, random_model
 
 NOTEBOOK = json.loads((ROOT / "docs/library.ipynb").read_text())
 
 
 def code_cells() -> list[str]:
     return ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+
+
+def test_a_model_that_was_trained_on_masked_documents_is_evaluated_so(short_documents: Path, tmp_path: Path) -> None:
+    model = random_model(replace(CONFIGS["nanochat-plus"], vocab_size=300, document_masking=True))
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", model, (short_documents / RANKS_FILE).read_bytes(), {})
+    loaded = encore.load(tmp_path / "model")
+    windows = Windows(TokenSplit(short_documents, "val"), 24, "val")
+    losses = []
+    for masked in (True, False):
+        model.config = replace(model.config, document_masking=masked)
+        losses.append(evaluate_split(model, windows, 4, torch.device("cpu"), torch.float32).loss)
+    assert encore.evaluate(loaded, short_documents).loss == pytest.approx(losses[0], rel=1e-6)
+    assert abs(losses[0] - losses[1]) > 1e-3
 
 
 @pytest.mark.slow

@@ -67,6 +67,7 @@ def problems_with(**changes: Any) -> list[str]:
         ({"start": None}, "start: null will not do; it should be a valid string"),
         ({"start": 1}, "start: 1 will not do; it should be a valid string"),
         ({"bias": 1}, "bias: 1 will not do; it should be a valid boolean"),
+        ({"document_masking": 1}, "document_masking: 1 will not do; it should be a valid boolean"),
         ({"bias": "true"}, "bias: 'true' will not do; it should be a valid boolean"),
         ({"compile": "yes"}, "compile: 'yes' will not do; it should be 'auto', True or False"),
         ({"dtype": "fp16"}, "dtype: 'fp16' will not do; it should be 'auto', 'float32', 'bfloat16' or 'float16'"),

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,14 @@ from encore.models.architectures import Model, make_config, make_model
 from encore.params import StageParams
 from encore.training.compiled_check import LARGEST_ERROR
 
-PAGES = {"gpt2": gpt2, "nanochat": nanochat, "nanochat-plus": nanochat_plus}
+PAGES = {
+    "gpt2": gpt2,
+    "nanochat": nanochat,
+    "nanochat-plus": nanochat_plus,
+    "gpt2, documents masked": partial(gpt2, document_masking=True),
+    "nanochat-plus, documents masked": partial(nanochat_plus, document_masking=True),
+}
+DOCUMENTS = 3  # in a sequence
 SEQUENCES = 4
 NOISE = 0.02  # zeros let no gradient through
 Values = dict[str, torch.Tensor]
@@ -34,6 +42,7 @@ def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
             for parameter in model.parameters():
                 parameter += NOISE * torch.randn_like(parameter)
         batch = torch.randint(vocab_size, (SEQUENCES, page["block_size"] + 1), device=device)
+        batch[:, 1 :: page["block_size"] // DOCUMENTS] = vocab_size - 1  # end-of-text
         exact = copy.deepcopy(model).double()
         right = compute(exact, exact, batch, torch.float32)
         del exact

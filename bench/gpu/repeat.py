@@ -31,6 +31,7 @@ def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
         "GPT-2 124M, the record's": gpt2(tiny, **common),
         "the same in float32": gpt2(tiny, **common, dtype="float32", batch_size=4),
         "nanochat-plus": nanochat_plus(tiny, **common, batch_size=4),
+        "the same, documents masked": nanochat_plus(tiny, **common, batch_size=4, document_masking=True),
         "the default": read_page("quickstart", tiny, **common),
     }
     if tiny:

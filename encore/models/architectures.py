@@ -10,7 +10,7 @@ Config = GPT2Config | NanoChatConfig
 
 def make_config(params: StageParams, vocab_size: int) -> Config:
     """The shape that params.yaml describes, for a tokenizer of `vocab_size` ids."""
-    shape = {key: getattr(params, key) for key in ("block_size", "n_layer", "n_head", "n_embd")}
+    shape = {key: getattr(params, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "document_masking")}
     if params.architecture != "gpt2":
         plus = params.architecture == "nanochat-plus"
         return NanoChatConfig(vocab_size=vocab_size, plus=plus, **shape)

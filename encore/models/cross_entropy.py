@@ -35,7 +35,7 @@ def cross_entropies(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, cap: float | None = None
 ) -> torch.Tensor:
     """The cross-entropy of each target, (N,) float32, without gradients."""
-    weight = weight.to(_dtype_of_products(x))
+    weight = weight.to(dtype_of_products(x))
     losses = [
         F.cross_entropy(_mask_padding(_scores(part, weight, cap), vocab_size), wanted, reduction="none")
         for part, wanted in _parts(x, targets, weight)
@@ -82,7 +82,7 @@ def _mean_with_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The mean loss with its gradients for x and weight. The gradient of a token's scores is their softmax less one at
     the target, so what a part of the tokens needs is freed before the next part comes."""
-    dtype = _dtype_of_products(x)
+    dtype = dtype_of_products(x)
     weight_grad = torch.zeros_like(weight)
     weight = weight.to(dtype)
     losses, x_grads = [], []
@@ -110,7 +110,8 @@ def _subtract_one(likely: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return likely.scatter_add_(1, wanted[:, None], likely.new_full((len(wanted), 1), -1.0))
 
 
-def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
+def dtype_of_products(x: torch.Tensor) -> torch.dtype:
+    """Of matrix products with `x`: autocast's where that is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

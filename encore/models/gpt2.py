@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from encore.models.cross_entropy import cross_entropies, mean_cross_entropy
+from encore.models.cross_entropy import cross_entropies, dtype_of_products, mean_cross_entropy
+from encore.models.documents import find_positions, find_visible, make_mask
 from encore.models.embedding import find_occurrences, look_up
 from encore.models.kv_cache import Cache
 from encore.models.vocabulary import pad_vocab
@@ -18,7 +19,10 @@ from encore.models.vocabulary import pad_vocab
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The shape of a model. `vocab_size` is the tokenizer's; the embedding is padded to the next multiple of 64."""
+    """The shape of a model. `vocab_size` is the tokenizer's; the embedding is padded to the next multiple of 64.
+
+    document_masking: whether the documents of a window are computed each as if it were alone (documents.py).
+    """
 
     vocab_size: int
     block_size: int
@@ -27,6 +31,7 @@ class GPT2Config:
     n_embd: int
     bias: bool
     dropout: float = 0.0
+    document_masking: bool = False
 
 
 class Attention(nn.Module):
@@ -39,13 +44,16 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None = None, layer: int = 0
+    ) -> torch.Tensor:
+        """mask: what is added to the scores, (B, 1, T, T); None: causal alone."""
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        k, v, mask = cache.extend(layer, k, v) if cache else (k, v, None)
+        k, v, mask = cache.extend(layer, k, v) if cache else (k, v, mask)
         dropout = self.dropout if self.training else 0.0
         # A single token behind others sees them all.
         is_causal = mask is None and k.shape[2] == T
@@ -78,8 +86,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None = None, layer: int = 0
+    ) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache, layer)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -123,7 +133,7 @@ class GPT2(nn.Module):
     def logits(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Scores of the next token, (B, T, V), for ids `idx` (B, T) with T at most block_size.
 
-        Where `cache` holds earlier tokens, T is 1; it takes these up.
+        Where `cache` holds earlier tokens, T is 1; it takes these up. Tokens of a cache count as one document.
         """
         return F.linear(self._hidden(idx, cache), self.wte.weight[: self.config.vocab_size])
 
@@ -140,12 +150,19 @@ class GPT2(nn.Module):
     def _hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """What the output matrix is applied to, (B, T, C)."""
         T = idx.shape[1]
-        places = cache.places(T) if cache else slice(0, T)
         occurrences = find_occurrences(idx, pad_vocab(self.config.vocab_size))
-        x = look_up(self.wte.weight, idx, occurrences) + self.wpe.weight[places]
+        x = look_up(self.wte.weight, idx, occurrences)
+        mask = None
+        if self.config.document_masking and cache is None:
+            visible = find_visible(begins=idx == self.config.vocab_size - 1)  # end-of-text
+            mask = make_mask(visible, dtype_of_products(x))
+            positions = find_positions(visible)
+            x = x + look_up(self.wpe.weight, positions, find_occurrences(positions, self.config.block_size))
+        else:
+            x = x + self.wpe.weight[cache.places(T) if cache else slice(0, T)]
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
-            x = block(x, cache, layer)
+            x = block(x, mask, cache, layer)
         if cache:
             cache.advance(T)
         return self.ln_f(x)

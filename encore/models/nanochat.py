@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from encore.models.cross_entropy import cross_entropies, mean_cross_entropy, soft_cap
+from encore.models.cross_entropy import cross_entropies, dtype_of_products, mean_cross_entropy, soft_cap
+from encore.models.documents import find_visible, make_mask
 from encore.models.elementwise import rms_norm, squared_relu
 from encore.models.embedding import find_occurrences, look_up
 from encore.models.kv_cache import Cache
@@ -34,7 +35,9 @@ class NanoChatConfig:
     """The shape of a model. `vocab_size` is the tokenizer's; the matrices are padded to the next multiple of 64.
 
     Rotations take numbers by pairs, so n_embd / n_head must be even. `plus`: with smeared embeddings,
-    and with value embeddings in the last layer and every second one before it.
+    and with value embeddings in the last layer and every second one before it. document_masking: whether the documents
+    of a window are computed each as if it were alone (documents.py); rotations tell how far apart two tokens are, so
+    they need not begin anew.
     """
 
     vocab_size: int
@@ -43,6 +46,7 @@ class NanoChatConfig:
     n_head: int
     n_embd: int
     plus: bool = False
+    document_masking: bool = False
 
 
 def find_rotations(length: int, head_size: int) -> Rotations:
@@ -71,16 +75,22 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(
-        self, x: torch.Tensor, rotations: Rotations, values: torch.Tensor | None, cache: Cache | None, layer: int
+        self,
+        x: torch.Tensor,
+        rotations: Rotations,
+        values: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+        layer: int,
     ) -> torch.Tensor:
-        """values: what is added to the values, (B, T, C)."""
+        """values: what is added to the values, (B, T, C). mask: to the scores, (B, 1, T, T); None: causal alone."""
         B, T, C = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if values is not None:
             v = v + values.to(v.dtype)
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
         q, k = rms_norm(rotate(q, *rotations)), rms_norm(rotate(k, *rotations))
-        k, v, mask = cache.extend(layer, k, v) if cache else (k, v, None)
+        k, v, mask = cache.extend(layer, k, v) if cache else (k, v, mask)
         # A single token behind others sees them all.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and k.shape[2] == T)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -107,19 +117,26 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: torch.Tensor, rotations: Rotations, values: torch.Tensor | None, cache: Cache | None, layer: int
+        self,
+        x: torch.Tensor,
+        rotations: Rotations,
+        values: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+        layer: int,
     ) -> torch.Tensor:
-        x = x + self.self_attn(rms_norm(x), rotations, values, cache, layer)
+        x = x + self.self_attn(rms_norm(x), rotations, values, mask, cache, layer)
         return x + self.mlp(rms_norm(x))
 
 
-def _predecessors(x: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-    """The embedding before each, (B, T, C): at first `cache`'s newest, which becomes the last one here, or zeros."""
+def _predecessors(x: torch.Tensor, begins: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+    """The embedding before each, (B, T, C): at first `cache`'s newest, which becomes the last one here, or zeros; zeros
+    too where a document begins, (B, T) bool."""
     first = torch.zeros_like(x[:, :1]) if cache is None or cache.newest is None else cache.newest
     before = torch.cat([first, x[:, :-1]], dim=1)
     if cache is not None:
         cache.keep_newest(x[:, -1:])
-    return before
+    return before if begins is None else before.masked_fill(begins[..., None], 0.0)
 
 
 class NanoChat(nn.Module):
@@ -175,7 +192,7 @@ class NanoChat(nn.Module):
     def logits(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Scores of the next token, (B, T, V), for ids `idx` (B, T) with T at most block_size.
 
-        Where `cache` holds earlier tokens, T is 1; it takes these up.
+        Where `cache` holds earlier tokens, T is 1; it takes these up. Tokens of a cache count as one document.
         """
         scores = F.linear(self._hidden(idx, cache), self.lm_head.weight[: self.config.vocab_size])
         return soft_cap(scores, SOFT_CAP)
@@ -198,13 +215,17 @@ class NanoChat(nn.Module):
         rotations = self.cos[places], self.sin[places]
         occurrences = find_occurrences(idx, pad_vocab(self.config.vocab_size))
         x = rms_norm(look_up(self.embed_tokens.weight, idx, occurrences))
+        begins = mask = None
+        if self.config.document_masking and cache is None:
+            begins = idx == self.config.vocab_size - 1  # end-of-text
+            mask = make_mask(find_visible(begins), dtype_of_products(x))
         if self.smear is not None:
-            x = x + self.smear * _predecessors(x, cache)
+            x = x + self.smear * _predecessors(x, begins, cache)
         for layer, block in enumerate(self.layers):
             values = None
             if str(layer) in self.value_embeds:
                 values = look_up(self.value_embeds.get_parameter(f"{layer}.weight"), idx, occurrences)
-            x = block(x, rotations, values, cache, layer)
+            x = block(x, rotations, values, mask, cache, layer)
         if cache:
             cache.advance(T)
         return rms_norm(x)

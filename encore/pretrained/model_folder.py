@@ -34,6 +34,7 @@ def save_model(folder: Path, model: Model, ranks: bytes, record: dict[str, Any])
         record = {"bias": model.config.bias, **record}
     else:
         config, tensors = nanochat_hub.to_hub_config(model.config), nanochat_hub.to_hub(model)
+    record = {"document_masking": model.config.document_masking, **record}
     check_finite(tensors, "the trained model", "lower learning_rate, or set dtype: float32, and train again")
     write_json(folder / CONFIG, config)
     save_tensors(folder / WEIGHTS, tensors)
@@ -46,7 +47,7 @@ def save_model(folder: Path, model: Model, ranks: bytes, record: dict[str, Any])
 
 def load_model(folder: Path) -> Model:
     """Reads a folder of `save_model`, or of Hugging Face's GPT-2 (which always has biases) or NanoChat, float32 on the
-    CPU.
+    CPU. It masks documents from each other if it was trained so.
 
     Raises EncoreError where a file is missing or is not the one that encore.json has the hash of, where the weights do
     not have the shapes that config.json says, or one is not finite.
@@ -54,15 +55,17 @@ def load_model(folder: Path) -> Model:
     record = read_record(folder)
     if record:
         check_hashes(folder, record, READ)
+    masked = bool(record and record.get("document_masking"))
     hub_config = read_json(folder / CONFIG, HubConfig, "`dvc repro train` makes it, and --model names another folder")
     try:
         tensors = load_file(folder / WEIGHTS)
         check_finite(tensors, str(folder / WEIGHTS), "take other weights, or train these again")
         if hub_config["model_type"] in (nanochat_hub.PLAIN, nanochat_hub.PLUS):
-            nanochat = NanoChat(nanochat_hub.from_hub_config(hub_config))
+            nanochat = NanoChat(replace(nanochat_hub.from_hub_config(hub_config), document_masking=masked))
             nanochat.load_state_dict(nanochat_hub.from_hub(tensors, nanochat))
             return nanochat.eval()
-        gpt2 = GPT2(gpt2_hub.from_hub_config(hub_config, True if record is None else record["bias"]))
+        bias = True if record is None else record["bias"]
+        gpt2 = GPT2(replace(gpt2_hub.from_hub_config(hub_config, bias), document_masking=masked))
         gpt2.load_state_dict(gpt2_hub.from_hub(tensors, gpt2))
         return gpt2.eval()
     except FileNotFoundError:
@@ -83,7 +86,8 @@ def load_initial(folder: Path, config: Config, ranks: bytes) -> Model:
             f"{folder} holds weights for another vocabulary ({start.config.vocab_size} ids) than that of data/tokens "
             f"({config.vocab_size}); set init_from: scratch, or weights of this tokenizer"
         )
-    alike: Config = replace(start.config, block_size=config.block_size)
+    masked = config.document_masking
+    alike: Config = replace(start.config, block_size=config.block_size, document_masking=masked)
     if isinstance(alike, GPT2Config) and isinstance(config, GPT2Config):
         alike = replace(alike, dropout=config.dropout)
     if alike != config or config.block_size > start.config.block_size:

@@ -30,7 +30,10 @@ def test_correctness_has_a_row_for_each_architecture_type_and_way():
     found = [tuple(row[:3]) for row in rows[2:]]
     assert found == [
         (architecture, dtype, how)
-        for architecture in ("gpt2", "nanochat", "nanochat-plus")
+        for architecture in (
+            *("gpt2", "nanochat", "nanochat-plus"),
+            *("gpt2, documents masked", "nanochat-plus, documents masked"),
+        )
         for dtype in ("float32", "bfloat16")
         for how in ("written", "compiled")
     ]

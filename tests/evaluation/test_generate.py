@@ -3,6 +3,7 @@
 import codecs
 import io
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,15 @@ class Counting(torch.nn.Module):
 def run(model, prompt, tokens=12, temperature=1.0, top_k=None, top_p=1.0, seed=0, end=END):
     generator = torch.Generator().manual_seed(seed)
     return list(generate(model, prompt, tokens, temperature, top_k, top_p, end, generator))
+
+
+def test_a_model_that_masks_documents_writes_the_same_text(model):
+    """Within the context and beyond it: what is written is one document, which begins at the end-of-text token."""
+    plain = [run(model, prompt, tokens=20, temperature=0.8) for prompt in ([END], [3, 1, 4], [*range(9)])]
+    model.config = replace(CONFIG, document_masking=True)
+    masked = [run(model, prompt, tokens=20, temperature=0.8) for prompt in ([END], [3, 1, 4], [*range(9)])]
+    assert masked == plain
+    assert max(map(len, masked)) == 20
 
 
 def argmax_loop(model, prompt, count):

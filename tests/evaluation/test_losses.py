@@ -3,6 +3,8 @@
 import copy
 import math
 import random
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -66,6 +68,28 @@ def test_every_target_counts_once_whatever_the_batch_size(model, windows, batch_
     assert result.loss == pytest.approx(sum(expected) / 699, rel=1e-6)
     assert result.loss_by_position == pytest.approx([sum(part) / len(part) for part in at], rel=1e-6)
     assert result.text_bytes == 3 * 700
+
+
+@torch.no_grad()
+def test_masked_documents_have_the_losses_that_they_have_alone(model, windows):
+    """Each is cut out of its window, from the end-of-text token before it on, and computed without a mask."""
+    plain, tokens = copy.deepcopy(model).double().eval(), windows.split.read(0, 700).astype(np.int64)
+    nats = [0.0] * 6
+    for start in range(0, 699, 16):
+        end = min(start + 16, 699)
+        cuts = sorted({start, end, *(place for place in DOCUMENT_ENDS if start < place < end)})
+        for begin, stop in pairwise(cuts):
+            idx, targets = torch.from_numpy(tokens[begin:stop]), torch.from_numpy(tokens[begin + 1 : stop + 1])
+            document = np.searchsorted(DOCUMENT_ENDS, begin + 1)  # of the first target, and so of all
+            nats[document] += F.cross_entropy(plain.logits(idx[None])[0], targets, reduction="sum").item()
+    unmasked = evaluate_split(model, windows, 4, CPU, torch.float32)
+    model.config = replace(model.config, document_masking=True)
+    result = evaluate_split(model, windows, 4, CPU, torch.float32)
+    assert result.nats == pytest.approx(nats, rel=1e-6)
+    assert result.tokens.tolist() == unmasked.tokens.tolist()
+    assert abs(result.loss - unmasked.loss) > 1e-3
+    during_training = sum_losses(model, (batch for _, batch in windows.every_token(4)), CPU, torch.float32)
+    assert during_training.nats == pytest.approx(sum(nats), rel=1e-6)
 
 
 def test_ranks_add_up_to_the_whole(model, windows):

@@ -13,16 +13,18 @@ from tests.conftest import MODERN
 from tests.small_runs import run, small_machine, trainer_in, weights_of
 
 MODELS = [{"dropout": 0.2}, MODERN, {**MODERN, "architecture": "nanochat-plus"}]
+MASKED = [{**settings, "document_masking": True} for settings in MODELS]
+NAMES = ["gpt2 with dropout", "nanochat", "nanochat-plus"]
 
 
-@pytest.mark.parametrize("settings", MODELS, ids=["gpt2 with dropout", "nanochat", "nanochat-plus"])
-def test_training_ends_in_the_same_bits(settings, tiny_params, tokens_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("settings", [*MODELS, *MASKED], ids=[*NAMES, *(f"{name}, documents masked" for name in NAMES)])
+def test_training_ends_in_the_same_bits(settings, tiny_params, short_documents, tmp_path, monkeypatch):
     params = tiny_params(**settings, dtype="float32")
     weights = []
     with small_machine():
         for wish in ("0", "1"):
             monkeypatch.setenv("ENCORE_RECOMPUTE", wish)
-            trainer = trainer_in(tmp_path / wish, tokens_folder, params)
+            trainer = trainer_in(tmp_path / wish, short_documents, params)
             run(trainer)
             weights.append((weights_of(trainer), trainer.records.rows.train))
     (plain, rows), (recomputed, rows_again) = weights

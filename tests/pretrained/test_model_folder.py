@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from encore.errors import EncoreError
 from encore.models.gpt2 import GPT2, GPT2Config
+from encore.models.nanochat import NanoChat, NanoChatConfig
 from encore.pretrained.hub_tokenizer import save_hub_tokenizer
 from encore.pretrained.model_folder import CONFIG, RECORD, WEIGHTS, load_initial, load_model, save_model
 from encore.tokens.ranks import write_ranks
@@ -89,7 +90,8 @@ def test_the_files_hold_what_they_should(exported):
     assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG, WEIGHTS, RANKS_FILE, RECORD])
     assert (folder / RANKS_FILE).read_bytes() == b"ranks"
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (CONFIG, WEIGHTS, RANKS_FILE)}
-    record = {"bias": model.config.bias, "params": {"n_layer": 2}, "iter": 7, "files_sha256": hashes}
+    settings = {"bias": model.config.bias, "document_masking": False}
+    record = {**settings, "params": {"n_layer": 2}, "iter": 7, "files_sha256": hashes}
     own = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     assert json.loads((folder / RECORD).read_text()) == {**record, "own_sha256": own}
     tensors = load_file(folder / WEIGHTS)
@@ -152,6 +154,24 @@ def forget_hashes(folder):
     (folder / RECORD).write_text(json.dumps(record))
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_model_masks_documents_if_it_was_trained_so(tmp_path, masked):
+    shape = {"vocab_size": 301, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32, "document_masking": masked}
+    for model in (GPT2(GPT2Config(**shape, bias=False)), NanoChat(NanoChatConfig(**shape))):
+        save_model(tmp_path, model, b"ranks", {})
+        assert load_model(tmp_path).config == model.config
+        assert json.loads((tmp_path / RECORD).read_text())["document_masking"] is masked
+
+
+def test_a_folder_from_before_documents_could_be_masked_masks_none(exported):
+    model, folder = exported
+    forget_hashes(folder)
+    record = json.loads((folder / RECORD).read_text())
+    del record["document_masking"]
+    (folder / RECORD).write_text(json.dumps(record))
+    assert load_model(folder).config == replace(model.config, dropout=0.0)
+
+
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, RANKS_FILE, RECORD])
 def test_any_flipped_bit_is_refused(exported, name):
     _, folder = exported
@@ -188,6 +208,13 @@ def test_a_start_has_the_logits_of_its_weights_on_the_positions_that_are_left(ex
     assert model.wpe.weight.shape == (block_size, 32)
     logits, expected = model.eval().logits(TOKENS[:, :block_size]), saved.logits(TOKENS)[:, :block_size]
     assert torch.allclose(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_a_start_masks_documents_as_params_yaml_says(exported):
+    saved, folder = exported
+    for masked in (True, False):
+        config = replace(saved.config, document_masking=masked)
+        assert load_initial(folder, config, b"ranks").config == config
 
 
 def test_a_start_of_transformers_has_its_logits(tmp_path):
