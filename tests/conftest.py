@@ -25,6 +25,7 @@ from encore.files import write_whole
 from encore.params import StageParams
 from encore.tokens.ranks import write_ranks
 from encore.tokens.token_files import RANKS_FILE, SPLITS, ShardWriter, token_dtype, write_manifest
+from tests.forks import fast_starts
 from tests.token_folders import ABOUT
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +91,13 @@ MODERN = {
     "weight_decay": 0.0,
     "beta1": 0.8,
 }
+
+
+@pytest.fixture
+def forking() -> Iterator[None]:
+    """Python programs that the test starts have torch imported at once (tests/forks.py)."""
+    with fast_starts():
+        yield
 
 
 @pytest.fixture
@@ -186,14 +194,9 @@ def pipeline_environment(**more: str) -> dict[str, str]:
 
 def run_dvc(repository: Path, *arguments: str, exit_code: int = 0, **environment: str) -> str:
     """Runs dvc and returns what it printed; any other exit code than the expected fails the test with that text."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
-        cwd=repository,
-        env=pipeline_environment(**environment),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command, pipe = [sys.executable, "-m", "dvc", *arguments], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with fast_starts():
+        done = subprocess.run(command, cwd=repository, env=pipeline_environment(**environment), text=True, **pipe)
     assert done.returncode == exit_code, done.stdout
     return done.stdout
 
