@@ -1,9 +1,9 @@
 """Starts Python programs by a fork of a process that has imported torch and DVC already, which takes seconds.
 
-Within `fast_starts()`, `subprocess` starts `python -m MODULE` and `python -c CODE` so. What is started so starts its own
-in the same way: dvc its stages, torchrun its ranks. Such a program is the child of who started it. It has its own
-environment, folder, streams and signals, also as /proc shows them. It imports Encore itself, and ends as Python ends.
-It shares with the others what Python and the modules below fix when they start, such as the seed of hash().
+Within `fast_starts()`, `subprocess` starts `python -m MODULE` and `python -c CODE` so. What is started so starts other
+programs in the same way: dvc its stages, torchrun its ranks. Such a program is the child of who started it. It has its
+own environment, folder, streams and signals, also as /proc shows them. It imports Encore itself, and ends as Python
+ends. It shares with the others what Python and the modules below fix when they start, such as the seed of hash().
 
 Any other program is started as ever. So is Python where it is asked for otherwise than here, for example with another
 number of threads; and on any other system than Linux.

@@ -26,7 +26,7 @@ from tests.pipeline.test_pipeline import stages_run
 from tests.sealed import read_with_seal
 from tests.task_hub import make_rows, serving_tasks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forking")]
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 

@@ -161,6 +161,8 @@ SAVES = """
 import signal, subprocess, sys, time
 below = subprocess.Popen([sys.executable, "-c", '''
 import time
+
+pytestmark = pytest.mark.usefixtures("forking")
 print("training", flush=True)
 try:
     time.sleep(60)
