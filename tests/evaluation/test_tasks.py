@@ -31,8 +31,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forking")]
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 
-# Python runs this where it starts. lm-eval reads 13,000 pages of tasks each time, for seven seconds; here it reads those
-# of one folder.
+# Python runs this where it starts. lm-eval reads 13,000 pages of tasks each time, for seven seconds; here it reads the
+# pages of one folder.
 AT_START = """
 import sys
 if "hellaswag" in sys.orig_argv:
