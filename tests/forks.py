@@ -27,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
@@ -55,7 +55,7 @@ exec_as_ever = subprocess._fork_exec
 def fast_starts() -> Iterator[None]:
     """Lets `subprocess` start Python by a fork."""
     if sys.platform == "linux":
-        subprocess._fork_exec = first_server().fork_exec
+        subprocess._fork_exec = Server(first_connection).fork_exec
     try:
         yield
     finally:
@@ -65,8 +65,8 @@ def fast_starts() -> Iterator[None]:
 class Server:
     """The process beside this one that forks, as this one sees it."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection, self.lock = connection, threading.Lock()
+    def __init__(self, connect: Callable[[], socket.socket]) -> None:
+        self.connect, self.lock = connect, threading.Lock()
 
     def fork_exec(self, args: Any, executables: Any, *how: Any) -> int:
         """In the place of subprocess._fork_exec: the id of the new process."""
@@ -87,19 +87,20 @@ class Server:
         }
         streams = [own if given < 0 else given for own, given in zip(STREAMS, (stdin, stdout, stderr), strict=True)]
         with self.lock:
+            connection = self.connect()
             call_subreaper(True)
-            socket.send_fds(self.connection, [json.dumps(start).encode()], streams)
-            answer = self.connection.recv(100)
+            socket.send_fds(connection, [json.dumps(start).encode()], streams)
+            answer = connection.recv(100)
             call_subreaper(False)
         return int(answer)
 
 
 @cache
-def first_server() -> Server:
-    """The one beside the tests."""
+def first_connection() -> socket.socket:
+    """To the server beside the tests, which is started when it is first needed."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # with files to pass on, which is done as ever
         [sys.executable, __file__, str(theirs.fileno()), " " * ROOM],
         env={**environment, "OMP_NUM_THREADS": "1", "ROOM": " " * ROOM},
         pass_fds=[theirs.fileno()],
@@ -113,7 +114,7 @@ def first_server() -> Server:
         process.wait()
 
     atexit.register(end)
-    return Server(ours)
+    return ours
 
 
 def read_settings(environment: list[bytes] | None) -> dict[str, str]:
@@ -244,7 +245,7 @@ def main() -> None:
         time.sleep(0.0001)
     connection.send(str(os.getpid()).encode())
     connection.close()
-    subprocess._fork_exec = Server(ours).fork_exec
+    subprocess._fork_exec = Server(lambda: ours).fork_exec
     try:
         run(start["words"])
     except BaseException as error:
