@@ -1,8 +1,8 @@
 # make repro and make test each do their own set-up, in .venv. Everything else is plain dvc and pytest in there.
 
 # The first Python on the path that is new enough; PYTHON=/some/python takes another.
-FOUND := $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
-	$(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+FOUND = $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 # Recipes read both as variables of the shell, which runs nothing that is in them. They are taken as they were typed:
 # make itself would run a $(shell ...) in them.
 override export PYTHON := $(or $(value PYTHON),$(FOUND))

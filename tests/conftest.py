@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import functools
+import re
 import shutil
 import subprocess
 import sys
@@ -25,16 +26,29 @@ from encore.files import write_whole
 from encore.params import StageParams
 from encore.tokens.ranks import write_ranks
 from encore.tokens.token_files import RANKS_FILE, SPLITS, ShardWriter, shards_as_json, token_dtype, write_manifest
+from tests.forks import fast_starts
 from tests.token_folders import about
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "presets" / "gpt2-sympy.yaml"  # what tests change a few values of
 
 
+SLOW_FOLDERS = ("bench", "pipeline")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make quick` does not read files whose tests are all slow: what they import takes seconds."""
+    if config.option.markexpr != "not slow":
+        return None
+    if collection_path.is_dir():
+        return collection_path.name in SLOW_FOLDERS or None
+    return re.search(r"^pytestmark = .*pytest\.mark\.slow\b", collection_path.read_text(), re.M) is not None or None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of whole pipelines are slow; and slow ones come first, so that no worker is left alone with one."""
     for item in items:
-        if {"finished", "compared"} & set(item.fixturenames) or item.path.parent.name in ("bench", "pipeline"):
+        if {"finished", "compared"} & set(item.fixturenames) or item.path.parent.name in SLOW_FOLDERS:
             item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
@@ -93,6 +107,13 @@ MODERN = {
 
 
 @pytest.fixture
+def forking() -> Iterator[None]:
+    """Python programs that the test starts have torch imported at once (tests/forks.py)."""
+    with fast_starts():
+        yield
+
+
+@pytest.fixture
 def tiny_params() -> Callable[..., StageParams]:
     """Makes the train stage's parameters for a model that takes milliseconds a step."""
     return lambda **changes: StageParams("train", {**read_page(), **TINY, **changes})
@@ -146,14 +167,19 @@ def fetch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def compiler(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile as it writes nothing outside the tests' folders. Its headers are compiled once for all tests."""
-    from torch._inductor import codecache
+def compiler(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """torch.compile as it writes nothing outside the tests' folders. Its headers are compiled once for all tests, and
+    no programs that ask what the compiler knows of this CPU."""
+    from torch._inductor import codecache, config
 
     headers = tmp_path_factory.getbasetemp() / "headers"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setattr(codecache, "_HEADER_DIR", str(headers))
     monkeypatch.setattr(codecache, "_HEADER_LOCK_DIR", str(headers / "locks"))
+    with config.patch({"cpp.vec_isa_ok": True}):
+        yield
 
 
 @pytest.fixture
@@ -197,14 +223,9 @@ def pipeline_environment(**more: str) -> dict[str, str]:
 
 def run_dvc(repository: Path, *arguments: str, exit_code: int = 0, **environment: str) -> str:
     """Runs dvc and returns what it printed; any other exit code than the expected fails the test with that text."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
-        cwd=repository,
-        env=pipeline_environment(**environment),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command, pipe = [sys.executable, "-m", "dvc", *arguments], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with fast_starts():
+        done = subprocess.run(command, cwd=repository, env=pipeline_environment(**environment), text=True, **pipe)
     assert done.returncode == exit_code, done.stdout
     return done.stdout
 

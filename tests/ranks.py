@@ -29,6 +29,7 @@ from encore.params import StageParams, load_params
 from encore.training.trainer import Trainer
 from stages import train
 from tests.conftest import ROOT, TINY, pipeline_environment, write_page, write_tokens
+from tests.forks import fast_starts
 
 # Python runs this where it starts. Timing what a CPU can do takes each rank two seconds. While there is a file HOLD,
 # the first rank waits behind each checkpoint until it is asked to stop (then encore/signals.py resets its handlers),
@@ -80,17 +81,18 @@ def find_port() -> int:
 def start_two_ranks(runs: list[dict[str, Any]], **environment: str) -> list[tuple[int, str]]:
     """Does the runs on two ranks. Returns the exit code of each and what it said on standard error."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_port()), **environment}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks", json.dumps(runs)],
-            cwd=ROOT,
-            env=pipeline_environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    with fast_starts():
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.ranks", json.dumps(runs)],
+                cwd=ROOT,
+                env=pipeline_environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
     try:
         said = [process.communicate(timeout=120)[1] for process in processes]
     finally:
@@ -136,15 +138,16 @@ def two_machines(folders: list[Path], arguments: str) -> Iterator[list[subproces
 @contextmanager
 def started(folder: Path, module: str, *arguments: str, **environment: str) -> Iterator[subprocess.Popen]:
     """`python -m MODULE` in a process group of its own, as a shell starts it in the foreground."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        cwd=folder,
-        env=pipeline_environment(**environment),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    with fast_starts():
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=folder,
+            env=pipeline_environment(**environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
     with process:
         try:
             yield process

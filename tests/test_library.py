@@ -81,6 +81,7 @@ def test_a_missing_model_or_split_is_a_sentence(tmp_path: Path) -> None:
         encore.TokenWindows(tmp_path / "none")
 
 
+@pytest.mark.usefixtures("forking")
 def test_the_same_as_the_stages_and_commands(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(finished)
     model = encore.load()
@@ -93,6 +94,7 @@ def test_the_same_as_the_stages_and_commands(finished: Path, monkeypatch: pytest
     assert "def " + model.generate("def ", max_new_tokens=9, seed=4) + "\n" == printed
 
 
+@pytest.mark.usefixtures("forking")
 def test_the_notebook_and_the_page_run_as_they_stand(finished: Path) -> None:
     page = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.S)
     assert len(page) == 1

@@ -38,6 +38,7 @@ def test_a_wrong_command_is_a_sentence(word, hint, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forking")
 @pytest.mark.parametrize("how", [["-m", "encore"], ["-c", "from encore.__main__ import main; main()"]])
 def test_a_command_tells_its_own_options(how):
     done = subprocess.run([sys.executable, *how, "generate", "--help"], cwd=ROOT, capture_output=True, text=True)

@@ -16,6 +16,8 @@ from bench.gpu.learning import DOCUMENTS_A_VAL, encode_folder
 from bench.train import ROOT
 from encore.tokens.token_files import TokenSplit
 
+pytestmark = pytest.mark.usefixtures("forking")
+
 
 def run_tiny(part, **environment):
     command = [sys.executable, "-m", "bench.gpu", "--tiny", "--part", part]

@@ -147,6 +147,7 @@ device.find_hardware("float32", False)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forking")
 @pytest.mark.parametrize(
     ("kind", "repeatable", "state"),
     [

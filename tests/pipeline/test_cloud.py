@@ -23,6 +23,8 @@ TASK: dict[str, Any] = YAML(typ="safe", pure=True).load((CLOUD / "encore.yaml").
 DOCKERFILE = (CLOUD / "Dockerfile").read_text()
 SCRIPTS = TASK["setup"] + TASK["run"]
 
+pytestmark = pytest.mark.usefixtures("forking")
+
 
 def test_what_the_task_names_is_there():
     for name in re.findall(r"(?:presets|cloud)/[\w./-]+|requirements[\w.-]*\.lock", SCRIPTS):

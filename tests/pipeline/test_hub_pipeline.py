@@ -12,6 +12,8 @@ import pytest
 from tests.conftest import SMALL, commit, copy_repository, run_dvc, write_page
 from tests.hub import COMMIT, REPOSITORY, serving
 
+pytestmark = pytest.mark.usefixtures("forking")
+
 SHARDS = 6
 SHARD_DOCUMENTS = 40
 

@@ -16,6 +16,8 @@ from dvc.utils.strictyaml import YAMLValidationError
 from encore.pipeline.mend import is_json_object, is_lockfile
 from tests.conftest import ROOT, commit, pipeline_environment, run_dvc
 
+pytestmark = pytest.mark.usefixtures("forking")
+
 STAGE = """
 stages:
   copy:

@@ -14,6 +14,8 @@ from encore.files import sha256_of
 from stages.check import STAGES
 from tests.conftest import ROOT, SMALL, commit, copy_repository, pipeline_environment, read_page, run_dvc, write_page
 
+pytestmark = pytest.mark.usefixtures("forking")
+
 
 def stages_run(output: str) -> list[str]:
     """The stages whose commands were executed, in order."""

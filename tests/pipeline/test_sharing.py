@@ -15,6 +15,8 @@ from tests.bucket import NAME, SECRET, USER, Bucket, serving
 from tests.conftest import commit, run_dvc
 from tests.pipeline.test_pipeline import stages_run
 
+pytestmark = pytest.mark.usefixtures("forking")
+
 
 @dataclass
 class Team:

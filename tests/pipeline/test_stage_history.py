@@ -15,6 +15,8 @@ import pytest
 from encore.pipeline.stage_history import record_stage
 from tests.conftest import ROOT, pipeline_environment
 
+pytestmark = pytest.mark.usefixtures("forking")
+
 STAGES = [
     "check",
     "count_tokens",

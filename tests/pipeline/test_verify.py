@@ -10,6 +10,8 @@ import pytest
 
 from tests.conftest import pipeline_environment
 
+pytestmark = pytest.mark.usefixtures("forking")
+
 GROUPS = ["data/raw", "data/tokens", "model", "metrics and log", ".encore/checkpoints", ".encore/checkpoints"]
 
 

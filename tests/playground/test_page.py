@@ -27,6 +27,7 @@ from encore.tokens.token_files import RANKS_FILE
 from encore.tokens.tokenizer import load_tokenizer
 from tests.browser import chromium_page
 from tests.conftest import ROOT, pipeline_environment
+from tests.forks import fast_starts
 from tests.small_models import save_small_model
 
 pytestmark = pytest.mark.slow
@@ -220,14 +221,15 @@ def test_a_missing_gradio_is_told(monkeypatch, folder):
 def start(folder, port):
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("gradio is not installed (make play)")
-    return subprocess.Popen(
-        [sys.executable, "-m", "encore", "play", "--model", str(folder), "--port", str(port)],
-        cwd=ROOT,
-        env=pipeline_environment(ENCORE_DEVICE="cpu"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    with fast_starts():
+        return subprocess.Popen(
+            [sys.executable, "-m", "encore", "play", "--model", str(folder), "--port", str(port)],
+            cwd=ROOT,
+            env=pipeline_environment(ENCORE_DEVICE="cpu"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
 
 def test_a_missing_model_is_told(tmp_path):

@@ -231,6 +231,7 @@ print(json.dumps(done[0]["generated_token_ids"]))
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forking")
 def test_a_folder_works_where_encore_is_not_installed(saved, tmp_path):
     model, folder = saved
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -244,6 +245,7 @@ def test_a_folder_works_where_encore_is_not_installed(saved, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forking")
 def test_saving_a_model_does_not_load_transformers(tmp_path):
     code = """
 import sys

@@ -35,6 +35,8 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("forking")
 def test_a_disk_that_refuses_is_an_oserror_with_its_number(tmp_path):
     """A limit on the size of files stands in for a full disk: the same path through safetensors, another number."""
     path = str(tmp_path / "t.safetensors")

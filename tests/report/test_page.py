@@ -24,6 +24,8 @@ from stages.evaluate import as_markdown
 from tests.browser import chromium_page
 from tests.conftest import PAGE, pipeline_environment
 
+pytestmark = pytest.mark.usefixtures("forking")
+
 
 def run_report(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "encore", "report", *arguments]

@@ -75,6 +75,7 @@ def test_the_number_of_tokens_at_a_time_changes_nothing(model, tmp_path, monkeyp
     assert run(tmp_path)["loss"] == pytest.approx(whole["loss"], rel=1e-6)
 
 
+@pytest.mark.usefixtures("forking")
 def test_two_ranks_find_what_one_does(model, tmp_path, tokens_folder):
     val = np.fromfile(tokens_folder / "val_00000.bin", "<u2")
     val[[40, 300]] = 299  # three documents, so that there is a standard error

@@ -19,6 +19,7 @@ from encore.code import SILENT, describe_code, path_of
 from encore.pretrained.initial_weights import fetch_initial
 from stages import check
 from tests.conftest import MODERN, ROOT, pipeline_environment, read_page, write_page
+from tests.forks import fast_starts
 
 pytestmark = pytest.mark.slow
 
@@ -77,13 +78,9 @@ def sandbox(repository: Path, stage: str, folder: Path) -> Path:
 
 
 def run_stage(folder: Path, stage: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", RUN_AND_REPORT, stage],
-        cwd=folder,
-        env=pipeline_environment(ENCORE_WORKERS="1"),
-        capture_output=True,
-        text=True,
-    )
+    command, environment = [sys.executable, "-c", RUN_AND_REPORT, stage], pipeline_environment(ENCORE_WORKERS="1")
+    with fast_starts():
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "check"])

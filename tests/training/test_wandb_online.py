@@ -17,7 +17,7 @@ from tests.conftest import ROOT, TINY, pipeline_environment, write_page
 from tests.wandb_server import ENTITY, serving
 
 pytest.importorskip("wandb")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forking")]
 
 PAGE = {**TINY, "max_iters": 10, "eval_interval": 5, "checkpoint_interval": 4, "start": "ab", "num_samples": 2}
 # Trains; in the step after iteration N, a while after wandb was given row N - 1, comes the signal. Or trains and
