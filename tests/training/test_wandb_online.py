@@ -115,8 +115,8 @@ def check_run(server, folder):
 
 
 def documented_steps():
-    """The last column of the table in docs/everyday.md."""
-    rows = re.findall(r"^\| (?:killed|resumed) .*\| (\d+) to (\d+) \|$", (ROOT / "docs/everyday.md").read_text(), re.M)
+    """The last column of the table in docs/watching.md."""
+    rows = re.findall(r"^\| (?:killed|resumed) .*\| (\d+) to (\d+) \|$", (ROOT / "docs/watching.md").read_text(), re.M)
     return [list(range(int(first), int(last) + 1)) for first, last in rows]
 
 
