@@ -46,11 +46,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of whole pipelines are slow; and slow ones come first, so that no worker is left alone with one."""
+    """Tests of whole pipelines are slow. Slow ones come first, the compiler's before all, so that no worker is left alone
+    with one."""
     for item in items:
         if {"finished", "compared"} & set(item.fixturenames) or item.path.parent.name in SLOW_FOLDERS:
             item.add_marker("slow")
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, "compiler" not in item.fixturenames))
 
 
 @pytest.fixture(autouse=True)
