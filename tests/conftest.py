@@ -46,8 +46,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of whole pipelines are slow. Slow ones come first, the compiler's before all, so that no worker is left alone
-    with one."""
+    """Tests of whole pipelines are slow. Slow ones come first, and the compiler's before all, so that no worker is left
+    alone with one."""
     for item in items:
         if {"finished", "compared"} & set(item.fixturenames) or item.path.parent.name in SLOW_FOLDERS:
             item.add_marker("slow")
