@@ -40,17 +40,18 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """`make quick` does not read files whose tests are all slow: what they import takes seconds."""
     if config.option.markexpr != "not slow":
         return None
-    if collection_path.is_dir():
+    if collection_path.suffix != ".py":
         return collection_path.name in SLOW_FOLDERS or None
-    return re.search(r"^pytestmark = .*pytest\.mark\.slow\b", collection_path.read_text(), re.M) is not None or None
+    return bool(re.search(r"^pytestmark = .*\bmark\.slow\b", collection_path.read_text(), re.M)) or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of whole pipelines are slow; and slow ones come first, so that no worker is left alone with one."""
+    """Tests of whole pipelines are slow. Slow ones come first, and the compiler's before all, so that no worker is left
+    alone with one."""
     for item in items:
         if {"finished", "compared"} & set(item.fixturenames) or item.path.parent.name in SLOW_FOLDERS:
             item.add_marker("slow")
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, "compiler" not in item.fixturenames))
 
 
 @pytest.fixture(autouse=True)
