@@ -138,6 +138,7 @@ def test_compiled_training_is_the_same_with_them(make_trainer, traced, monkeypat
     from torch._dynamo.utils import counters
 
     changes = {"compile": True, "n_layer": 1, "dropout": 0.2}
+    counters.clear()  # of what tests before this one have compiled
     plain = run(make_trainer("plain", **changes))
     graphs = counters["stats"]["unique_graphs"]
     monkeypatch.setenv("ENCORE_SAMPLE_INTERVAL", "2")
