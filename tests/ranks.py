@@ -196,6 +196,7 @@ def wait_for_end(process_id: int) -> None:
 def end(process: subprocess.Popen, exit_code: int) -> list[str]:
     """Waits for the stage and its ranks, which must not end otherwise or with a traceback. Returns Encore's lines."""
     output, _ = process.communicate(timeout=120)
+    print(output)  # shown where a test fails
     assert process.returncode == exit_code, output
     assert "Traceback" not in output, output
     return [line for line in output.splitlines() if line.startswith("encore: ")]

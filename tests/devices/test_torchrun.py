@@ -242,7 +242,7 @@ def undisturbed(tmp_path_factory):
     base = tmp_path_factory.mktemp("undisturbed")
     tokens = write_walk(base / "tokens")
     folder = write_run(base / "run", tokens, **LONG)
-    start_two_ranks([{"how": "two", "folder": str(folder)}])
+    start_two_ranks([{"how": "two", "folder": str(folder)}], PYTHONHASHSEED="1")  # as in test_interruptions.py
     return SimpleNamespace(tokens=tokens, results=results(folder))
 
 
