@@ -133,8 +133,15 @@ def python_arguments(command: list[str], path: str | None) -> list[str]:
         command = shlex.split(command[-1].removeprefix("exec "))
     if command[1:2] == ["-u"]:  # `become` hands on all that is printed line by line
         command = [command[0], *command[2:]]
-    mine = shutil.which(command[0], path=path) == sys.executable
-    return command[1:] if mine and len(command) > 2 and command[1] in ("-m", "-c") else []
+    is_python = len(command) > 2 and command[1] in ("-m", "-c") and is_mine(shutil.which(command[0], path=path))
+    return command[1:] if is_python else []
+
+
+def is_mine(program: str | None) -> bool:
+    """Whether it is this Python, of this environment, perhaps under another of its names."""
+    if program is None or os.path.dirname(program) != os.path.dirname(sys.executable):
+        return False
+    return os.path.samefile(program, sys.executable)
 
 
 def call_subreaper(now: bool) -> None:
