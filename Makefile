@@ -79,6 +79,7 @@ docs: .venv/dev
 quick: lint
 	pytest -n logical -m 'not slow'
 
-# Two at a time where there are two cores; a worker takes the next test when it is free, the slowest first.
+# Three at a time where there are two cores, since some tests wait; a worker takes the next test when it is free, the
+# slowest first.
 test: lint docs
-	pytest -n logical --dist worksteal
+	pytest -n auto --dist worksteal

@@ -36,6 +36,11 @@ PAGE = ROOT / "presets" / "gpt2-sympy.yaml"  # what tests change a few values of
 SLOW_FOLDERS = ("bench", "pipeline")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than there are cores, since some tests wait for dvc's queue, for servers and for clocks."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """`make quick` does not read files whose tests are all slow: what they import takes seconds."""
     if config.option.markexpr != "not slow":

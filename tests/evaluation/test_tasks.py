@@ -35,7 +35,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 # pages of one folder.
 AT_START = """
 import sys
-if "hellaswag" in sys.orig_argv:
+if {"hellaswag", "helaswag"} & set(sys.orig_argv):
     from lm_eval.tasks import _index
     read = _index.TaskIndex._iter_yaml_files
     _index.TaskIndex._iter_yaml_files = staticmethod(lambda root: read(root / "hellaswag"))
@@ -84,7 +84,7 @@ def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch):
     )
 
 
-def test_an_unknown_task_is_told_with_the_nearest(tmp_path, capfd, monkeypatch):
+def test_an_unknown_task_is_told_with_the_nearest(few_tasks, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(task_data, "_check_network", lambda names: None)
     with pytest.raises(EncoreError):
         fetch_tasks(["helaswag"], tmp_path)
