@@ -101,6 +101,7 @@ def test_package_is_taken_whole_whatever_is_wanted(install, fetch_folder: Path) 
     assert fetch_all("package:corpus", fetch_folder, wanted_text_bytes=1)[0].documents == 300
 
 
+@pytest.mark.slow
 def test_sympy_is_all_there(fetch_folder: Path) -> None:
     import sympy
 

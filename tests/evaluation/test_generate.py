@@ -154,6 +154,7 @@ CHOICES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("top_k", "temperature", "top_p", "kept"), CHOICES)
 def test_samples_have_the_probabilities_of_the_scores(top_k, temperature, top_p, kept):
     """10,000 draws; each share is within 5 deviations of what the formula says."""

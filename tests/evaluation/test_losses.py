@@ -107,6 +107,7 @@ class Mute(Ranks):
         return tensor
 
 
+@pytest.mark.slow
 def test_a_compiled_evaluation_is_the_plain_one(windows, traced):
     """Three windows and no rest, which would be another shape to compile."""
     torch.manual_seed(0)

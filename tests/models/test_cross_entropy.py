@@ -165,6 +165,7 @@ def test_the_compiler_takes_the_size_of_the_parts_as_torch_s_own_mark_would_have
     assert vars(cross_entropy.scores_at_once).items() >= vars(marked).items() != set()
 
 
+@pytest.mark.slow
 def test_traced_for_the_compiler_it_is_the_same(monkeypatch):
     """As one graph, in several parts; test_trainer.py goes on to machine code."""
     monkeypatch.setattr(cross_entropy, "SCORES_AT_ONCE", 20 * (V + 19))

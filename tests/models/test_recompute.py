@@ -17,6 +17,7 @@ MASKED = [{**settings, "document_masking": True} for settings in MODELS]
 NAMES = ["gpt2 with dropout", "nanochat", "nanochat-plus"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [*MODELS, *MASKED], ids=[*NAMES, *(f"{name}, documents masked" for name in NAMES)])
 def test_training_ends_in_the_same_bits(settings, tiny_params, short_documents, tmp_path, monkeypatch):
     params = tiny_params(**settings, dtype="float32")

@@ -152,6 +152,7 @@ def test_only_data_of_the_hub_is_named_to_the_hub(tmp_path, dataset):
 SHAPE = {"vocab_size": 290, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "config"),
     [

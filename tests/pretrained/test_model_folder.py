@@ -217,6 +217,7 @@ def test_a_start_masks_documents_as_params_yaml_says(exported):
         assert load_initial(folder, config, b"ranks").config == config
 
 
+@pytest.mark.slow
 def test_a_start_of_transformers_has_its_logits(tmp_path):
     """The published GPT-2 comes so: biases, no record, no ranks."""
     import transformers

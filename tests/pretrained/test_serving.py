@@ -114,6 +114,7 @@ def test_nanochat_is_the_class_that_vllm_runs_by_transformers(ranks, tmp_path):
     assert (config.final_logit_softcapping, config.tie_word_embeddings) == (15.0, False)
 
 
+@pytest.mark.slow
 def test_nanochat_plus_is_refused_by_what_vllm_makes_of_it(ranks, tmp_path):
     """vLLM takes the layers by AutoModel. It must not get them: it computes a token without the one before it."""
     import transformers

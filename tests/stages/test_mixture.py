@@ -191,6 +191,7 @@ def test_a_scarce_source_lowers_what_is_learned_from_the_others(text_bytes: list
     assert parts.share_learning_bytes(sources, val_fraction=0.2) == expected
 
 
+@pytest.mark.slow
 def test_killed_amid_the_second_source_it_goes_on_to_the_same_bytes() -> None:
     """The record of the ninth part is the last thing that the first attempt writes."""
     folder = run()

@@ -158,6 +158,7 @@ def test_what_the_raw_text_is_goes_into_the_manifest() -> None:
     assert (written["sources"][0]["whole_source"], written["text_bytes_per_token"]) == (False, 4.488)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token_cap", [2500, PLENTY])
 def test_bytes_depend_on_text_and_parameters_alone(monkeypatch: pytest.MonkeyPatch, token_cap: int) -> None:
     """Not on threads and batches. Parts end with row groups and shards with parts; what they join to is the same."""

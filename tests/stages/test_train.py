@@ -68,6 +68,7 @@ def iterations(result, curve):
     return [int(row.split("\t")[0]) for row in result[f"metrics/{curve}.tsv"].decode().splitlines()[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("intervals", "logged", "evaluated"),
     [((3, 4), [3, 4], [0, 4]), ((4, 3), [4], [0, 3, 4]), ((3, 3), [3, 4], [0, 3, 4])],

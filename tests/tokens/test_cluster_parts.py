@@ -67,6 +67,7 @@ def with_cap(store: PartStore, token_cap: int) -> PartStore:
     return PartStore(store.raw, store.manifest, params, store.folder.parents[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [0, 1, 2, 9])
 @pytest.mark.parametrize("text_bytes_per_token", [0.1, "right", 1000.0])
 def test_parts_are_begun_in_order_and_none_behind_the_cap_but_by_a_wrong_guess(

@@ -113,6 +113,7 @@ def put_together(results: Iterable[Encoded]) -> dict[str, list[tuple[int, list[i
     return documents
 
 
+@pytest.mark.slow
 def test_all_of_unicodes_white_space_and_nothing_else_stands_in_the_way_of_a_cut() -> None:
     wrong = []
     for code in range(0x110000):
@@ -126,6 +127,7 @@ def test_all_of_unicodes_white_space_and_nothing_else_stands_in_the_way_of_a_cut
     assert BREAK.search("no\tother\rwhite\u00a0space\u2003is\u3000a place to cut".encode()).start() == 30
 
 
+@pytest.mark.slow
 def test_no_split_of_the_pattern_reaches_across_a_cut() -> None:
     """With a rank for every pair of a byte and a blank, ids tell where the pattern splits. All characters of Unicode's
     first plane and a part of the others."""
@@ -152,6 +154,7 @@ def test_documents_are_cut_where_a_plain_search_would(set_sizes: SetSizes, sizes
         assert list(cut(text.encode())) == plain_cut(text, *sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("which", ["learned", "published"])
 def test_documents_together_are_encoded_as_each_one_alone(

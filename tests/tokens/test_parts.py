@@ -89,6 +89,7 @@ def test_parts_are_closed_as_soon_as_they_hold_enough(tmp_path: Path, monkeypatc
     assert plan_parts([]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part_bytes", "batch_bytes"), [(1, 7), (400, 20), (10**6, 10**6)])
 def test_every_cap_is_met_at_the_first_end_of_a_training_document_at_or_behind_it(
     make_store: Callable[..., PartStore], monkeypatch: pytest.MonkeyPatch, part_bytes: int, batch_bytes: int
@@ -196,6 +197,7 @@ def test_a_part_that_the_disk_has_spoiled_is_made_anew(
     assert path.read_bytes() == data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made_before", [[None], [30], [31], [29, None, 30], [None, 12], [1], [PLENTY]])
 def test_a_part_that_others_made_is_taken_or_made_anew_as_the_cap_wants(
     make_store: Callable[..., PartStore], made_before: list[int | None]

@@ -107,6 +107,7 @@ def cpu_seconds(text: str) -> float:
     return time.process_time() - start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signs", ["ACGT", " \t\n\r", "!?.,-#", "0123", "中文字符"])
 def test_learning_from_text_without_blanks_takes_linear_time(signs: str) -> None:
     """Eight times the text; it took more than thirty times as long. Half a second is spared the small one's noise."""

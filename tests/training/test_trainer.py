@@ -165,6 +165,7 @@ def test_sixteen_bits_learn_like_float32_with_weights_in_float32(make_trainer, d
     assert {tensor.dtype for tensor in weights_of(trainer).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_compiled_training_agrees_with_the_plain_one(make_trainer, traced):
     sizes = {"n_layer": 1, "max_iters": 10, "gradient_accumulation_steps": 1, "block_size": 8}
     plain = run(make_trainer("plain", **sizes))
