@@ -75,6 +75,11 @@ def run_under_torchrun(arguments: list[str], module: str) -> None:
         run(parsed)
     except SignalException as stop:
         raise Interrupted(stop.sigval, STOPPED) from None
+    except UnboundLocalError as error:
+        # A signal that comes while torch's elastic.metrics sets its clock is followed by this error of its own.
+        if not isinstance(error.__context__, SignalException):
+            raise
+        raise Interrupted(error.__context__.sigval, STOPPED) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise _failed(rank, failure.exitcode) from None

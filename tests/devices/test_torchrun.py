@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.elastic.metrics import api
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -202,6 +203,19 @@ def test_how_the_ranks_ended_is_told_in_a_sentence(agent, monkeypatch, raised, k
         agent(TWO)
     if kind is Interrupted:
         assert error.value.exit_code == (raised if isinstance(raised, int) else 128 + raised.sigval)
+
+
+def test_a_signal_amid_torchs_own_clock_is_a_stop_too(agent, monkeypatch):
+    """Its wrapper then fails over the time that it has not read yet."""
+
+    def stopped():
+        raise SignalException("", signal.SIGTERM)
+
+    monkeypatch.setattr(api, "time", SimpleNamespace(time=stopped))
+    monkeypatch.setattr("torch.distributed.run.run", api.prof(lambda parsed: None))
+    with pytest.raises(Interrupted, match=r"^all ranks have stopped") as error:
+        agent(TWO)
+    assert error.value.exit_code == 143
 
 
 @pytest.mark.parametrize(
