@@ -17,6 +17,7 @@ import torch
 from encore.errors import EncoreError
 from encore.models.flops import Peak, find_peak
 
+ELEMENTS_PER_THREAD = 2**15  # torch gives a thread so many before it takes another
 REPEATABLE = "ENCORE_REPEATABLE"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -107,6 +108,8 @@ def set_up_numerics(device: torch.device) -> None:
 
     Comes before the first matrix product: CUDA's library reads its part of the environment then.
     """
+    if device.type == "cpu":
+        _call_vector_math()
     if device.type != "cuda":
         return
     torch.set_float32_matmul_precision("high")
@@ -119,6 +122,17 @@ def set_up_numerics(device: torch.device) -> None:
     torch.use_deterministic_algorithms(True)
     # Every new tensor would be filled first, a thousand launches a step. No code here reads what it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _call_vector_math() -> None:
+    """Calls each function that torch takes from MKL's vector library, in each of its threads, and drops what comes.
+
+    Once a thread's first call of a process came out in that library's lowest accuracy, wrong from the 12th bit on. It
+    was the cosine, of rotations (docs/reproducibility.md). Here the first calls are none that matter.
+    """
+    numbers = torch.linspace(0.5, 1.0, ELEMENTS_PER_THREAD * torch.get_num_threads())
+    for function in (torch.cos, torch.sin, torch.tanh, torch.exp, torch.log, torch.erf):
+        function(numbers)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from encore.devices.device import (
     find_dtype,
     find_hardware,
     naming_what_does_not_repeat,
+    set_up_numerics,
     should_compile,
 )
 from encore.errors import EncoreError
@@ -187,3 +188,13 @@ def test_what_does_not_repeat_is_named_in_one_sentence_and_other_errors_stay():
         torch.use_deterministic_algorithms(False)
     with pytest.raises(RuntimeError, match=r"size mismatch|shapes"), naming_what_does_not_repeat():
         torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_the_first_calls_of_vector_math_are_none_that_matter(monkeypatch):
+    """Large enough for every thread, and each function that a model of ours may ask for."""
+    called = {}
+    for name in ("cos", "sin", "tanh", "exp", "log", "erf"):
+        monkeypatch.setattr(torch, name, lambda numbers, name=name: called.update({name: numbers.numel()}))
+    set_up_numerics(torch.device("cpu"))
+    assert called == dict.fromkeys(called, 2**15 * torch.get_num_threads())
+    assert len(called) == 6
