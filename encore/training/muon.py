@@ -18,11 +18,15 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) with Nesterov momentum, the same steps as torch.optim.Muon's but for rounding.
 
     A step has the size of the learning rate along every direction of a matrix, times sqrt(rows / columns) where there
-    are more rows; weights decay apart from it (Loshchilov and Hutter 2019). Parameters must be matrices.
+    are more rows. Parameters must be matrices.
+
+    Weights decay apart from it (Loshchilov and Hutter 2019), but only those that the step moves towards zero anyway
+    (Chen et al. 2025, "Cautious Weight Decay"), by lr x weight_decay, which itself falls with the learning rate:
+    weight_decay counts for a group whose lr is still its `initial_lr`, and half of it where half of that is left.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(params, {"lr": lr, "initial_lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -35,8 +39,11 @@ class Muon(torch.optim.Optimizer):
                     rows, columns = parameter.shape
                     size = group["lr"] * max(1.0, rows / columns) ** 0.5
                     direction = direction.T if rows > columns else direction
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(spread_like(direction.to(parameter.dtype), parameter), alpha=-size)
+                    direction = spread_like(direction.to(parameter.dtype), parameter)
+                    if group["weight_decay"]:
+                        decay = group["lr"] * group["weight_decay"] * group["lr"] / group["initial_lr"]
+                        parameter.mul_(1 - decay * (direction * parameter > 0))
+                    parameter.add_(direction, alpha=-size)
 
     def _direction(self, parameter: torch.Tensor, grad: torch.Tensor, momentum: float) -> torch.Tensor:
         """The gradient with its momentum, whole, in bfloat16, and lying where it stands upright."""
