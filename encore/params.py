@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from encore import muon_rates
 from encore.errors import EncoreError
 from encore.source_params import BY_SOURCE, SHARES, SOURCE, find_mismatches
 
@@ -93,6 +94,7 @@ Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Integer, Field(ge=1, le=10**12)]
 Size = Annotated[Integer, Field(ge=1, le=2**24)]
 Rate = Annotated[Real, Field(gt=0, le=100), AfterValidator(_not_tiny)]
+Auto = Literal["auto"]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 Dataset = Annotated[
     Text, AfterValidator(_name), BeforeValidator(lambda value: _source(value) if isinstance(value, str) else value)
@@ -137,15 +139,15 @@ class Params(BaseModel):
     gradient_accumulation_steps: Size
     max_iters: Positive
     optimizer: Literal["adamw", "muon"]
-    learning_rate: Rate
-    embedding_lr: Rate | None
-    head_lr: Rate | None
+    learning_rate: Rate | Auto
+    embedding_lr: Rate | Auto | None
+    head_lr: Rate | Auto | None
     lr_schedule: Literal["cosine", "trapezoid"]
     warmup_iters: Annotated[Integer, Field(ge=0)]
     lr_decay_iters: Positive | None
     warmdown_ratio: Annotated[Real, Field(gt=0, le=1)] | None
     min_lr: Annotated[Real, Field(ge=0)]
-    weight_decay: Annotated[Real, Field(ge=0, le=1000)]
+    weight_decay: Annotated[Real, Field(ge=0, le=1000)] | Auto
     beta1: Annotated[Real, Field(ge=0, lt=1)]
     beta2: Annotated[Real, Field(ge=0, lt=1)]
     grad_clip: Annotated[Real, Field(ge=0, le=10**9), AfterValidator(_not_tiny)]
@@ -279,7 +281,7 @@ def _find_conflicts(valid: dict[str, Any]) -> list[str]:
     problems = []
     if have("n_embd", "n_head") and valid["n_embd"] % valid["n_head"]:
         problems.append(f"n_embd: {valid['n_embd']} does not divide by n_head, {valid['n_head']}")
-    if have("learning_rate", "min_lr") and valid["min_lr"] > valid["learning_rate"]:
+    if valid.get("learning_rate", "auto") != "auto" and have("min_lr") and valid["min_lr"] > valid["learning_rate"]:
         problems.append(f"min_lr: {valid['min_lr']} is above learning_rate, {valid['learning_rate']}")
     if have("lr_decay_iters", "max_iters", "warmup_iters"):
         decay = valid["lr_decay_iters"] or valid["max_iters"]
@@ -290,6 +292,8 @@ def _find_conflicts(valid: dict[str, Any]) -> list[str]:
         problems += _find_what_nanochat_lacks(valid)
     if have("architecture", "optimizer", "embedding_lr", "head_lr"):
         problems += _find_wrong_rates(valid)
+    if have(*muon_rates.KEYS, *muon_rates.FITTED, *muon_rates.SIZES):
+        problems += muon_rates.find_untested(valid)
     if have("lr_schedule", "warmdown_ratio", "lr_decay_iters", "max_iters", "warmup_iters"):
         problems += _find_wrong_warmdown(valid)
     if have("tokenizer", "vocab_size") and valid["tokenizer"] == "gpt2" and valid["vocab_size"] != GPT2_VOCAB_SIZE:

@@ -21,6 +21,7 @@ from encore.integrity import Verification, check_files
 from encore.json_files import read_sealed
 from encore.models.architectures import Model, make_config, make_model
 from encore.models.recompute import recompute_layers, wants_recompute
+from encore.muon_rates import AUTO, KEYS, fill_in
 from encore.notify import notify
 from encore.params import StageParams, load_params
 from encore.pipeline.commit import describe_head
@@ -39,6 +40,7 @@ from encore.tokens.token_files import (
     WAY_OUT,
     TokenSplit,
     manifest_sha256,
+    read_manifest,
     read_ranks_file,
     token_hashes,
 )
@@ -63,7 +65,7 @@ INIT_WAY_OUT = bring_back("data/init", "download_weights")
 
 def main() -> None:
     check_code("train")
-    params = load_params("train")
+    params = resolve_rates(load_params("train"))
     find_best_folder()  # which refuses one that cannot serve, before anything is started
     if arguments := torchrun_arguments("stages.train"):
         run_under_torchrun(arguments, "stages.train")
@@ -101,6 +103,14 @@ def train(params: StageParams, ranks: Ranks) -> None:
         if model is not None:
             write_results(trainer, model)
             record_stage("train", MODEL / RECORD, STARTED)
+
+
+def resolve_rates(params: StageParams) -> StageParams:
+    """With numbers where the page says `auto`, so that a run is the same however its page has put it."""
+    values = params.as_dict()
+    if AUTO not in [values[key] for key in KEYS]:
+        return params
+    return StageParams("train", {**values, **fill_in(values, read_manifest(TOKENS)["vocab_size"])})
 
 
 def hash_inputs(params: StageParams) -> dict[str, str | None]:
@@ -283,6 +293,7 @@ def summarize(trainer: Trainer) -> dict[str, Any]:
     return {
         **summarize_evaluation(trainer),
         "lr": rows.train[-1]["lr"],
+        "rates": {key: value for key, value in trainer.params.as_dict().items() if key in KEYS and value is not None},
         "tokens_per_second": median_speed("tokens_per_second"),
         "tflops": median_speed("tflops"),
         **of_peak,

@@ -4,11 +4,12 @@ test_pipeline.py."""
 import json
 import shutil
 from collections import namedtuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from encore import files
+from encore import files, muon_rates
 from encore.devices.distributed import Ranks
 from encore.errors import EncoreError
 from encore.files import sha256_of, whole_folder
@@ -19,9 +20,10 @@ from encore.pretrained.model_folder import load_model
 from encore.training.metrics import Records, Rows
 from encore.training.trainer import Trainer
 from stages import train
-from tests.conftest import ROOT, TINY, write_page
+from tests.conftest import MODERN, ROOT, TINY, write_page
 from tests.small_runs import NO_STOP, enter, small_machine
 
+METRICS = "metrics/metrics.json"
 PARAMETERS = 320 * 32 + 16 * 32 + 2 * (12 * 32 * 32 + 2 * 32) + 32  # of TINY's model; 300 token ids become 5 x 64
 
 
@@ -162,6 +164,20 @@ def first_losses(result):
     return [float(value) for value in row[1:]]
 
 
+def test_auto_is_the_same_run_as_the_numbers_that_it_stands_for(train_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(muon_rates, "TESTED", {})  # of so small a model nobody has tried it
+    page = {**MODERN, "warmup_iters": 0}
+    auto, _ = train_in("auto", **{**page, **dict.fromkeys(muon_rates.KEYS, "auto")})
+    record, metrics = (json.loads((tmp_path / "auto" / name).read_text()) for name in ("model/encore.json", METRICS))
+    rates = muon_rates.find_rates(muon_rates.RunSize(2, 32, 300, 4 * 2 * 16, 6))
+    assert rates == metrics["rates"] == {key: record["params"][key] for key in muon_rates.KEYS}
+    numbers, _ = train_in("numbers", **{**page, **rates})
+    assert auto == numbers
+    assert f"by Muon at {rates['learning_rate']} with weight decay {rates['weight_decay']}" in Path(
+        tmp_path / "auto/training.log"
+    ).read_text(encoding="utf-8")
+
+
 def test_training_starts_from_the_weights_of_a_folder(train_in, tmp_path, tokens_folder):
     """They have at iteration 0 the losses that they were left with, and go on from there."""
     start, _ = train_in("start")
@@ -285,7 +301,7 @@ def test_float16_in_shards_is_refused(tiny_params):
         train.check_batch(tiny_params(dtype="float16"), Ranks(count=2, shards=True))
 
 
-def test_the_summary_has_the_last_losses_and_the_median_speeds():
+def test_the_summary_has_the_last_losses_the_median_speeds_and_the_rates(tiny_params):
     speeds = [
         {"iter": i, "ms_per_iter": 1.0, "tokens_per_second": s, "tflops": s / 10, "mfu": s / 100}
         for i, s in enumerate([1.0, 9.0, 2.0], 1)
@@ -306,8 +322,10 @@ def test_the_summary_has_the_last_losses_and_the_median_speeds():
         tokens_per_step=64,
         model=GPT2(config),
         ranks=Ranks(count=4),
+        params=tiny_params(),
     )
     summary = train.summarize(trainer)
+    assert summary.pop("rates") == {"learning_rate": 4e-3, "weight_decay": 0.1}
     assert summary.pop("device").startswith("namespace(")
     assert summary == {
         "iter": 3,
@@ -325,7 +343,7 @@ def test_the_summary_has_the_last_losses_and_the_median_speeds():
     }
 
 
-def test_a_run_that_went_from_a_cpu_to_a_gpu_has_the_mfu_of_the_gpu_s_rows():
+def test_a_run_that_went_from_a_cpu_to_a_gpu_has_the_mfu_of_the_gpu_s_rows(tiny_params):
     speed = {"ms_per_iter": 1.0, "tokens_per_second": 2.0, "tflops": 0.5}
     rows = Rows(
         train=[{"iter": 2, "loss": 4.0, "lr": 0.2, "grad_norm": 1.0}],
@@ -339,6 +357,7 @@ def test_a_run_that_went_from_a_cpu_to_a_gpu_has_the_mfu_of_the_gpu_s_rows():
         tokens_per_step=64,
         model=GPT2(GPT2Config(vocab_size=257, block_size=4, n_layer=1, n_head=1, n_embd=2, bias=False)),
         ranks=Ranks(),
+        params=tiny_params(),
     )
     assert train.summarize(trainer)["mfu"] == 0.25
     del rows.speed[1]["mfu"]

@@ -1,0 +1,98 @@
+"""What `auto` stands for in a page whose optimizer is Muon: learning rates and weight decay, from the size of a run.
+
+Four power laws. Their forms follow from how the optimizers move weights, their constants are fitted to sweeps of small
+models; docs/experiments.md has both, and how well the rule foretold sweeps that it was not fitted to.
+"""
+
+from typing import Any, NamedTuple
+
+AUTO = "auto"
+KEYS = ("learning_rate", "embedding_lr", "head_lr", "weight_decay")
+# What each key must be, since other values were not tried.
+FITTED: dict[str, tuple[list[Any], str]] = {
+    "optimizer": (["muon"], "Muon"),
+    "architecture": (["nanochat", "nanochat-plus"], "nanochat and nanochat-plus"),
+    "init_from": (["scratch"], "training from scratch"),
+    "lr_schedule": (["trapezoid"], "a trapezoid"),
+    "min_lr": ([0.0], "a decay to 0.0"),
+}
+SIZES = (
+    "n_layer",
+    "n_embd",
+    "vocab_size",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "block_size",
+    "max_iters",
+    "lr_decay_iters",
+)
+
+
+class RunSize(NamedTuple):
+    """What the rule depends on. iters: until the learning rate has decayed."""
+
+    n_layer: int
+    n_embd: int
+    vocab_size: int
+    tokens_per_iter: int
+    iters: int
+
+
+# The least and the most that was tried.
+TESTED = {
+    "n_layer": (2, 12),
+    "n_embd": (64, 256),
+    "vocab_size": (2_048, 50_257),
+    "tokens_per_iter": (2_048, 65_536),
+    "iters": (100, 1_600),
+}
+NAMES = {"tokens_per_iter": "batch_size x gradient_accumulation_steps x block_size", "iters": "max_iters"}
+
+
+def find_rates(size: RunSize) -> dict[str, float]:
+    """A number for each of KEYS, rounded to three digits."""
+    length, batch, width = size.iters / 100, size.tokens_per_iter / 4_096, size.n_embd / 128
+    learning_rate = 0.035 * length**-0.4 * batch**0.25
+    rates = {
+        "learning_rate": learning_rate,
+        "embedding_lr": 0.45 * length**-0.4,
+        "head_lr": 0.04 * length**-0.4 * width**-0.5,
+        "weight_decay": 8 / (learning_rate * size.iters),
+    }
+    return {key: float(f"{rate:.3g}") for key, rate in rates.items()}
+
+
+def fill_in(params: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """The numbers in place of `auto`, for the keys of `params` that say so. vocab_size: the tokenizer's."""
+    wanted = [key for key in KEYS if params[key] == AUTO]
+    rates = find_rates(measure(params, vocab_size)) if wanted else {}
+    return {key: rates[key] for key in wanted}
+
+
+def measure(params: dict[str, Any], vocab_size: int) -> RunSize:
+    """The size of a page's run."""
+    windows = params["batch_size"] * params["gradient_accumulation_steps"]
+    iters = params["lr_decay_iters"] or params["max_iters"]
+    return RunSize(params["n_layer"], params["n_embd"], vocab_size, windows * params["block_size"], iters)
+
+
+def find_untested(page: dict[str, Any]) -> list[str]:
+    """A sentence for each thing in which a page with `auto` differs from the runs to which the rule was fitted."""
+    keys = ", ".join(key for key in KEYS if page[key] == AUTO)
+    if not keys:
+        return []
+    problems = [
+        f"{keys}: auto will not do with {key} {page[key]}; the rule is for {what}, give numbers"
+        for key, (fitting, what) in FITTED.items()
+        if page[key] not in fitting
+    ]
+    size = measure(page, page["vocab_size"])._asdict()
+    for key, (least, most) in TESTED.items():
+        value = size[key]
+        if not least <= value <= most:
+            name = NAMES.get(key, key)
+            problems.append(
+                f"{keys}: auto was tried with {name} from {least:,} to {most:,}, not {value:,}; give numbers, "
+                "docs/experiments.md says which"
+            )
+    return problems
