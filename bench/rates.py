@@ -1,10 +1,11 @@
 """The rates that `auto` stands for against a sweep around them: the val loss of each, at given sizes of run.
 
-    python -m bench.rates POINT ... [--tokens FOLDER] [--results FILE] [--seed N] [--dtype DTYPE]
+    python -m bench.rates POINT ... [--together] [--tokens FOLDER] [--results FILE] [--seed N] [--dtype DTYPE]
 
-A POINT is ARCHITECTURE:LAYERSxWIDTH:TOKENSxITERATIONS, as nanochat-plus:2x64:4096x100. Its sweep is eleven runs: the
-rule's; all three learning rates 1.5 times as high and as low; each of them, and the weight decay, alone. FOLDER is the
-tokenize stage's, by default data/tokens. FILE keeps the loss of each run, so that a bench that was stopped goes on.
+A POINT is ARCHITECTURE:LAYERSxWIDTH:TOKENSxITERATIONS, as nanochat-plus:2x64:4096x100. Its sweep is nine runs: the
+rule's; all three learning rates 1.5 times as high and as low; and each of them alone. --together: all three only, so
+three runs. FOLDER is the tokenize stage's, by default data/tokens. FILE keeps the loss of each run, so that a bench
+that was stopped goes on.
 
 A run is trained as the train stage trains it, on sequences of 256 tokens with heads of 128 or one head, and evaluated
 over the whole val split. With OMP_NUM_THREADS=1 two cores do two benches at a time, each with a FILE of its own.
@@ -35,6 +36,7 @@ POINT = re.compile(r"(nanochat|nanochat-plus):(\d+)x(\d+):(\d+)x(\d+)")
 def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.rates", description=__doc__)
     parser.add_argument("points", nargs="+", metavar="POINT")
+    parser.add_argument("--together", action="store_true")
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
     parser.add_argument("--results", type=Path)
     parser.add_argument("--seed", type=int, default=1337)
@@ -46,7 +48,7 @@ def main() -> None:
     print_head("run", "ids", *KEYS, "loss", "best of the sweep", "the best is", "above it")
     for point, page in pages.items():
         rates = find_rates(measure(page, vocab_size))
-        losses = {name: results.find({**page, **changed}) for name, changed in sweep(rates)}
+        losses = {name: results.find({**page, **changed}) for name, changed in sweep(rates, arguments.together)}
         best = min(losses, key=losses.__getitem__)
         cells = [f"{losses['the rule']:.4f}", f"{losses[best]:.4f}", best, f"{losses['the rule'] - losses[best]:.4f}"]
         print_row(point, f"{vocab_size:,}", *rates.values(), *cells)
@@ -67,13 +69,13 @@ def make_page(point: str, **changes: Any) -> Page:
     return read_page("quickstart", tiny=False, architecture=found[1], compile=False, **sizes, **batches, **changes)
 
 
-def sweep(rates: dict[str, float]) -> Iterator[tuple[str, dict[str, float]]]:
+def sweep(rates: dict[str, float], together: bool = False) -> Iterator[tuple[str, dict[str, float]]]:
     """Names of runs, with their rates."""
     yield "the rule", rates
     learning_rates = KEYS[:3]
+    alone = [] if together else [(key, [key]) for key in learning_rates]
     for factor in (1 / FACTOR, FACTOR):
-        for keys in (learning_rates, *([key] for key in KEYS)):
-            name = keys[0] if len(keys) == 1 else "all learning rates"
+        for name, keys in (("all three", list(learning_rates)), *alone):
             yield f"{name} x {factor:.2g}", {**rates, **{key: rates[key] * factor for key in keys}}
 
 

@@ -1,6 +1,7 @@
 """What recipes reach in a few minutes at GPT-2 124M's depth and width, each with a whole schedule of its own.
 
-GPT-2 by AdamW at three rates, and nanochat's two models by Muon in a quarter and a sixth of its steps.
+GPT-2 by AdamW at three rates, and nanochat's two models by Muon in a quarter and a sixth of its steps, at the rates
+that `auto` would have if it were allowed at this size.
 """
 
 import os
@@ -12,6 +13,7 @@ from bench.gpu.pages import Page, gpt2, make_tokens, nanochat, nanochat_plus, pr
 from bench.gpu.step import Job
 from bench.token_folder import about
 from encore.files import write_whole
+from encore.muon_rates import find_rates, measure
 from encore.tokens.ranks import write_ranks
 from encore.tokens.token_files import MANIFEST, RANKS_FILE, SPLITS, ShardWriter, read_manifest, write_manifest
 
@@ -31,8 +33,10 @@ def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
     adamw = {"max_iters": iterations, "warmup_iters": iterations // 10}
     recipes = {
         "GPT-2": [gpt2(tiny, **common, **adamw, learning_rate=rate, min_lr=rate / 10) for rate in rates],
-        "nanochat-plus": [nanochat_plus(tiny, **common, max_iters=iterations // share) for share in shares],
-        "nanochat": [nanochat(tiny, **common, max_iters=iterations // share) for share in shares],
+        "nanochat-plus": [
+            with_rates(nanochat_plus(tiny, **common, max_iters=iterations // share), tokens) for share in shares
+        ],
+        "nanochat": [with_rates(nanochat(tiny, **common, max_iters=iterations // share), tokens) for share in shares],
     }
     firsts = {name: Job.start(folder / name, pages[0], tokens, "train") for name, pages in recipes.items()}
     print_head("model", "by", "learning rate", "iterations", "minutes", "val loss, whole split")
@@ -50,6 +54,11 @@ def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
             job = following[0] if following else job
     if failed:
         raise SystemExit(f"bench: {failed} trainings failed")
+
+
+def with_rates(page: Page, tokens: Path) -> Page:
+    """The page with the rule's rates, though it was found with smaller models."""
+    return {**page, **find_rates(measure(page, read_manifest(tokens)["vocab_size"]))}
 
 
 def find_text(folder: Path) -> Path:
