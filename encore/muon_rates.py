@@ -51,13 +51,14 @@ NAMES = {"tokens_per_iter": "batch_size x gradient_accumulation_steps x block_si
 
 def find_rates(size: RunSize) -> dict[str, float]:
     """A number for each of KEYS, rounded to three digits."""
-    length, batch, width = size.iters / 100, size.tokens_per_iter / 4_096, size.n_embd / 128
-    learning_rate = 0.035 * length**-0.4 * batch**0.25
+    iters, tokens, ids = size.iters / 100, size.tokens_per_iter / 4_096, size.vocab_size / 2_048
+    layers, width = size.n_layer / 2, size.n_embd / 128
+    learning_rate = 0.036 * iters**-0.4 * tokens**0.2 * layers**-0.1
     rates = {
         "learning_rate": learning_rate,
-        "embedding_lr": 0.45 * length**-0.4,
-        "head_lr": 0.04 * length**-0.4 * width**-0.5,
-        "weight_decay": 8 / (learning_rate * size.iters),
+        "embedding_lr": 0.53 * iters**-0.15 * tokens**0.2 * ids**0.25,
+        "head_lr": 0.026 * iters**-0.3 * tokens**0.2 * ids**-0.25 * layers**0.2 / width,
+        "weight_decay": 7 / (learning_rate * size.iters),
     }
     return {key: float(f"{rate:.3g}") for key, rate in rates.items()}
 
