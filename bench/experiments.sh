@@ -23,15 +23,24 @@ gpt2() {
         lr_schedule=cosine warmdown_ratio=null weight_decay=0.1 beta1=0.9
 }
 
-# ARCHITECTURE STEPS RATE SEED: that rate for matrices and head. All else is the default page's.
-modern() { queue "$1-$2-$4" architecture="$1" max_iters="$2" learning_rate="$3" head_lr="$3" seed="$4" n_head=1; }
+# ARCHITECTURE STEPS RATE SEED: that rate for matrices and head, without weight decay.
+modern() {
+    queue "$1-$2-$4" architecture="$1" max_iters="$2" learning_rate="$3" head_lr="$3" seed="$4" n_head=1 \
+        embedding_lr=0.3 weight_decay=0.0
+}
+
+# STEPS SEED: nanochat-plus at the rates of docs/learning-rates.md.
+auto() {
+    queue "auto-$1-$2" architecture=nanochat-plus max_iters="$1" learning_rate=auto embedding_lr=auto head_lr=auto \
+        weight_decay=auto seed="$2" n_head=1
+}
 
 # LAYERS WIDTH FACTOR HEAD_RATE: the rates of the matrices and of embeddings times the factor.
 size() {
     local matrices embedding
     read -r matrices embedding < <(python -c "print(0.02 * $3, 0.3 * $3)")
     queue "$1x$2-$3-$4" n_layer="$1" n_embd="$2" n_head=1 max_iters=100 learning_rate="$matrices" \
-        embedding_lr="$embedding" head_lr="$4"
+        embedding_lr="$embedding" head_lr="$4" weight_decay=0.0
 }
 
 case $corpus in
@@ -63,6 +72,7 @@ for rate in 1e-3 2e-3 4e-3 8e-3; do gpt2 400 $rate 1337; done
 for rate in 2e-3 4e-3 8e-3 1.6e-2; do gpt2 1600 $rate 1337; done
 for seed in 1 2; do gpt2 400 $best_400 $seed && gpt2 1600 $best_1600 $seed; done
 for seed in 1337 1 2; do
+    auto 50 $seed && auto 200 $seed
     modern nanochat-plus 50 0.03 $seed
     modern nanochat-plus 300 0.02 $seed
     for architecture in nanochat nanochat-plus; do modern $architecture 100 0.03 $seed; done

@@ -15,8 +15,10 @@ import argparse
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +103,8 @@ class Results:
 def train(page: Page, tokens: Path) -> float:
     """The loss of the whole val split behind a run's last step; infinite where it diverged."""
     home = Path.cwd()
-    with tempfile.TemporaryDirectory() as folder:
+    # The trainer's own lines would break the table.
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         os.chdir(folder)
         try:
             Path("data").mkdir()
@@ -111,7 +114,7 @@ def train(page: Page, tokens: Path) -> float:
                 trainer.step()
             return evaluate(trainer)
         except EncoreError as error:
-            print(error)
+            print(error, file=sys.stderr)
             return float("inf")
         finally:
             os.chdir(home)

@@ -44,7 +44,7 @@ TESTED = {
     "n_embd": (64, 256),
     "vocab_size": (2_048, 50_257),
     "tokens_per_iter": (2_048, 65_536),
-    "iters": (100, 1_600),
+    "iters": (50, 1_600),
 }
 NAMES = {"tokens_per_iter": "batch_size x gradient_accumulation_steps x block_size", "iters": "max_iters"}
 
@@ -56,7 +56,7 @@ def find_rates(size: RunSize) -> dict[str, float]:
     learning_rate = 0.036 * iters**-0.4 * tokens**0.2 * layers**-0.1
     rates = {
         "learning_rate": learning_rate,
-        "embedding_lr": 0.53 * iters**-0.15 * tokens**0.2 * ids**0.25,
+        "embedding_lr": 0.53 * iters**-0.15 * tokens**0.2,
         "head_lr": 0.026 * iters**-0.3 * tokens**0.2 * ids**-0.25 * layers**0.2 / width,
         "weight_decay": 7 / (learning_rate * size.iters),
     }

@@ -71,7 +71,7 @@ def test_auto_is_allowed_from_the_smallest_to_the_largest_that_was_tried() -> No
             [
                 "auto was tried with n_layer from 2 to 12, not 13",
                 "auto was tried with n_embd from 64 to 256, not 768",
-                "auto was tried with max_iters from 100 to 1,600, not 1,601",
+                "auto was tried with max_iters from 50 to 1,600, not 1,601",
             ],
         ),
         (
