@@ -21,10 +21,18 @@ from encore.params import StageParams
 from encore.training.optim import make_optimizers
 
 WARM_UP_ROUNDS = 2
-SHARED = {"bias": False, "dropout": 0.0, "document_masking": False, "beta2": 0.95, "weight_decay": 0.0}
-MUON = {"optimizer": "muon", "learning_rate": 0.02, "embedding_lr": 0.3, "head_lr": 0.004, "beta1": 0.8}
+SHARED = {"bias": False, "dropout": 0.0, "document_masking": False, "beta2": 0.95}
+MUON = {
+    "optimizer": "muon",
+    "learning_rate": 0.02,
+    "embedding_lr": 0.3,
+    "head_lr": 0.004,
+    "weight_decay": 1.0,
+    "beta1": 0.8,
+}
+ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1, "beta1": 0.9}
 RECIPES = {
-    "GPT-2, AdamW": {**SHARED, "architecture": "gpt2", "optimizer": "adamw", "learning_rate": 1e-3, "beta1": 0.9},
+    "GPT-2, AdamW": {**SHARED, **ADAMW, "architecture": "gpt2"},
     "nanochat, Muon": {**SHARED, **MUON, "architecture": "nanochat"},
     "nanochat-plus, Muon": {**SHARED, **MUON, "architecture": "nanochat-plus"},
 }

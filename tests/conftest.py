@@ -107,7 +107,7 @@ MODERN = {
     "lr_schedule": "trapezoid",
     "warmdown_ratio": 0.6,
     "min_lr": 0.0,
-    "weight_decay": 0.0,
+    "weight_decay": 2.0,
     "beta1": 0.8,
 }
 

@@ -37,6 +37,15 @@ def test_only_what_says_auto_becomes_a_number() -> None:
     assert fill_in({**SMALL, **numbers, "head_lr": "auto"}, 2048) == {"head_lr": rates["head_lr"]}
 
 
+@pytest.mark.parametrize(
+    ("preset", "keys"), [("quickstart", KEYS), ("modern-owt-1b", sorted({*KEYS} - {"embedding_lr"}))]
+)
+def test_presets_have_the_numbers_of_the_rule(preset: str, keys: list[str]) -> None:
+    page = read_page(ROOT / f"presets/{preset}.yaml")
+    rates = find_rates(measure(page, page["vocab_size"]))
+    assert {key: page[key] for key in keys} == {key: rates[key] for key in keys}
+
+
 def problems_with(**changes: Any) -> list[str]:
     return find_problems({**SMALL, **AUTO, **changes})
 
