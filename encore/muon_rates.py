@@ -57,7 +57,7 @@ def find_rates(size: RunSize) -> dict[str, float]:
     rates = {
         "learning_rate": learning_rate,
         "embedding_lr": 0.53 * iters**-0.15 * tokens**0.2,
-        "head_lr": 0.026 * iters**-0.3 * tokens**0.2 * ids**-0.25 * layers**0.2 / width,
+        "head_lr": 0.026 * iters**-0.3 * tokens**0.2 * ids**-0.1 * layers**0.2 / width,
         "weight_decay": 7 / (learning_rate * size.iters),
     }
     return {key: float(f"{rate:.3g}") for key, rate in rates.items()}
