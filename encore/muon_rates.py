@@ -1,7 +1,7 @@
 """What `auto` stands for in a page whose optimizer is Muon: learning rates and weight decay, from the size of a run.
 
 Four power laws. Their forms follow from how the optimizers move weights, their constants are fitted to sweeps of small
-models; docs/experiments.md has both, and how well the rule foretold sweeps that it was not fitted to.
+models; docs/learning-rates.md has both, and how well the rule foretold sweeps that it was not fitted to.
 """
 
 from typing import Any, NamedTuple
@@ -49,11 +49,11 @@ TESTED = {
 NAMES = {"tokens_per_iter": "batch_size x gradient_accumulation_steps x block_size", "iters": "max_iters"}
 
 
-def find_rates(size: RunSize) -> dict[str, float]:
-    """A number for each of KEYS, rounded to three digits."""
+def find_rates(size: RunSize, learning_rate: float | None = None) -> dict[str, float]:
+    """A number for each of KEYS, rounded to three digits. learning_rate: the page's, where it has a number."""
     iters, tokens, ids = size.iters / 100, size.tokens_per_iter / 4_096, size.vocab_size / 2_048
     layers, width = size.n_layer / 2, size.n_embd / 128
-    learning_rate = 0.036 * iters**-0.4 * tokens**0.2 * layers**-0.1
+    learning_rate = learning_rate or 0.036 * iters**-0.4 * tokens**0.2 * layers**-0.1
     rates = {
         "learning_rate": learning_rate,
         "embedding_lr": 0.53 * iters**-0.15 * tokens**0.2,
@@ -66,7 +66,10 @@ def find_rates(size: RunSize) -> dict[str, float]:
 def fill_in(params: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     """The numbers in place of `auto`, for the keys of `params` that say so. vocab_size: the tokenizer's."""
     wanted = [key for key in KEYS if params[key] == AUTO]
-    rates = find_rates(measure(params, vocab_size)) if wanted else {}
+    if not wanted:
+        return {}
+    given = None if params["learning_rate"] == AUTO else params["learning_rate"]
+    rates = find_rates(measure(params, vocab_size), given)
     return {key: rates[key] for key in wanted}
 
 
@@ -94,6 +97,6 @@ def find_untested(page: dict[str, Any]) -> list[str]:
             name = NAMES.get(key, key)
             problems.append(
                 f"{keys}: auto was tried with {name} from {least:,} to {most:,}, not {value:,}; give numbers, "
-                "docs/experiments.md says which"
+                "docs/learning-rates.md says which"
             )
     return problems

@@ -29,12 +29,35 @@ def test_the_size_of_a_run_is_that_of_its_decay() -> None:
     assert measure({**page, "max_iters": 500, "lr_decay_iters": 100}, 999) == size
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (RunSize(2, 128, 2048, 4096, 100), (0.036, 0.53, 0.026, 1.94)),
+        (RunSize(2, 64, 2048, 4096, 100), (0.036, 0.53, 0.052, 1.94)),
+        (RunSize(2, 128, 2048, 4096 * 32, 100), (0.072, 1.06, 0.052, 0.972)),  # 32 to the power 0.2 is 2
+        (
+            RunSize(2, 128, 2048, 4096, 3200),
+            (0.009, 0.315, 0.00919, 0.243),
+        ),  # 32: to 0.4 is 4, to 0.15 and 0.3 1.68, 2.83
+        (RunSize(64, 128, 2048, 4096, 100), (0.0255, 0.53, 0.052, 2.75)),
+        (RunSize(2, 128, 65_536, 4096, 100), (0.036, 0.53, 0.0184, 1.94)),
+    ],
+)
+def test_each_quantity_changes_the_rates_by_its_power(size: RunSize, expected: tuple[float, ...]) -> None:
+    assert tuple(find_rates(size).values()) == expected
+
+
 def test_only_what_says_auto_becomes_a_number() -> None:
     rates = find_rates(RunSize(2, 64, 2048, 4096, 100))
     assert fill_in({**SMALL, **AUTO}, 2048) == rates
     numbers = {"learning_rate": 0.01, "embedding_lr": 0.2, "head_lr": 0.03, "weight_decay": 0.0}
     assert fill_in({**SMALL, **numbers}, 2048) == {}
     assert fill_in({**SMALL, **numbers, "head_lr": "auto"}, 2048) == {"head_lr": rates["head_lr"]}
+
+
+def test_the_decay_suits_a_learning_rate_that_the_page_gives() -> None:
+    page = {**SMALL, **AUTO, "learning_rate": 0.01}
+    assert fill_in(page, 2048)["weight_decay"] == 7 / (0.01 * 100)
 
 
 @pytest.mark.parametrize(
