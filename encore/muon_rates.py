@@ -91,12 +91,13 @@ def find_untested(page: dict[str, Any]) -> list[str]:
         if page[key] not in fitting
     ]
     size = measure(page, page["vocab_size"])._asdict()
-    for key, (least, most) in TESTED.items():
-        value = size[key]
-        if not least <= value <= most:
-            name = NAMES.get(key, key)
-            problems.append(
-                f"{keys}: auto was tried with {name} from {least:,} to {most:,}, not {value:,}; give numbers, "
-                "docs/learning-rates.md says which"
-            )
+    outside = [
+        f"{NAMES.get(key, key)} from {least:,} to {most:,}, not {size[key]:,}"
+        for key, (least, most) in TESTED.items()
+        if not least <= size[key] <= most
+    ]
+    if outside and not problems:
+        problems.append(
+            f"{keys}: auto was tried with {', '.join(outside)}; give numbers, docs/learning-rates.md says which"
+        )
     return problems

@@ -91,7 +91,7 @@ def test_auto_is_allowed_from_the_smallest_to_the_largest_that_was_tried() -> No
             ["auto will not do with lr_schedule cosine; the rule is for a trapezoid"],
         ),
         (
-            {"optimizer": "adamw", "embedding_lr": None, "head_lr": None},
+            {"optimizer": "adamw", "embedding_lr": None, "head_lr": None, "n_embd": 768},
             ["auto will not do with optimizer adamw; the rule is for Muon"],
         ),
         (
@@ -101,9 +101,8 @@ def test_auto_is_allowed_from_the_smallest_to_the_largest_that_was_tried() -> No
         (
             {"n_embd": 768, "n_layer": 13, "lr_decay_iters": 1601},
             [
-                "auto was tried with n_layer from 2 to 12, not 13",
-                "auto was tried with n_embd from 64 to 256, not 768",
-                "auto was tried with max_iters from 50 to 1,600, not 1,601",
+                "auto was tried with n_layer from 2 to 12, not 13, n_embd from 64 to 256, not 768, max_iters from 50 to "
+                "1,600, not 1,601; give numbers, docs/learning-rates.md says which"
             ],
         ),
         (
