@@ -101,8 +101,8 @@ def test_auto_is_allowed_from_the_smallest_to_the_largest_that_was_tried() -> No
         (
             {"n_embd": 768, "n_layer": 13, "lr_decay_iters": 1601},
             [
-                "auto was tried with n_layer from 2 to 12, not 13, n_embd from 64 to 256, not 768, max_iters from 50 to "
-                "1,600, not 1,601; give numbers, docs/learning-rates.md says which"
+                "auto was tried with n_layer from 2 to 12, not 13, n_embd from 64 to 256, not 768, max_iters from 50 "
+                "to 1,600, not 1,601; give numbers, docs/learning-rates.md says which"
             ],
         ),
         (
