@@ -6,6 +6,8 @@ models; docs/learning-rates.md has both, and how well the rule foretold sweeps t
 
 from typing import Any, NamedTuple
 
+from encore.errors import EncoreError
+
 AUTO = "auto"
 KEYS = ("learning_rate", "embedding_lr", "head_lr", "weight_decay")
 # What each key must be, since other values were not tried.
@@ -16,16 +18,6 @@ FITTED: dict[str, tuple[list[Any], str]] = {
     "lr_schedule": (["trapezoid"], "a trapezoid"),
     "min_lr": ([0.0], "a decay to 0.0"),
 }
-SIZES = (
-    "n_layer",
-    "n_embd",
-    "vocab_size",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "block_size",
-    "max_iters",
-    "lr_decay_iters",
-)
 
 
 class RunSize(NamedTuple):
@@ -64,10 +56,15 @@ def find_rates(size: RunSize, learning_rate: float | None = None) -> dict[str, f
 
 
 def fill_in(params: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The numbers in place of `auto`, for the keys of `params` that say so. vocab_size: the tokenizer's."""
+    """The numbers in place of `auto`, for the keys of `params` that say so. vocab_size: the tokenizer's.
+
+    Raises EncoreError where nobody has tried the rule.
+    """
     wanted = [key for key in KEYS if params[key] == AUTO]
     if not wanted:
         return {}
+    if problems := find_untested(params, vocab_size):
+        raise EncoreError("; ".join(problems))
     given = None if params["learning_rate"] == AUTO else params["learning_rate"]
     rates = find_rates(measure(params, vocab_size), given)
     return {key: rates[key] for key in wanted}
@@ -80,17 +77,17 @@ def measure(params: dict[str, Any], vocab_size: int) -> RunSize:
     return RunSize(params["n_layer"], params["n_embd"], vocab_size, windows * params["block_size"], iters)
 
 
-def find_untested(page: dict[str, Any]) -> list[str]:
-    """A sentence for each thing in which a page with `auto` differs from the runs to which the rule was fitted."""
-    keys = ", ".join(key for key in KEYS if page[key] == AUTO)
+def find_untested(params: dict[str, Any], vocab_size: int) -> list[str]:
+    """A sentence for each thing in which a page with `auto` differs from the runs with which the rule was tried."""
+    keys = ", ".join(key for key in KEYS if params[key] == AUTO)
     if not keys:
         return []
     problems = [
-        f"{keys}: auto will not do with {key} {page[key]}; the rule is for {what}, give numbers"
+        f"{keys}: auto will not do with {key} {params[key]}; the rule is for {what}, give numbers"
         for key, (fitting, what) in FITTED.items()
-        if page[key] not in fitting
+        if params[key] not in fitting
     ]
-    size = measure(page, page["vocab_size"])._asdict()
+    size = measure(params, vocab_size)._asdict()
     outside = [
         f"{NAMES.get(key, key)} from {least:,} to {most:,}, not {size[key]:,}"
         for key, (least, most) in TESTED.items()

@@ -10,7 +10,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from encore import muon_rates
 from encore.errors import EncoreError
 from encore.source_params import BY_SOURCE, SHARES, SOURCE, find_mismatches
 
@@ -292,8 +291,6 @@ def _find_conflicts(valid: dict[str, Any]) -> list[str]:
         problems += _find_what_nanochat_lacks(valid)
     if have("architecture", "optimizer", "embedding_lr", "head_lr"):
         problems += _find_wrong_rates(valid)
-    if have(*muon_rates.KEYS, *muon_rates.FITTED, *muon_rates.SIZES):
-        problems += muon_rates.find_untested(valid)
     if have("lr_schedule", "warmdown_ratio", "lr_decay_iters", "max_iters", "warmup_iters"):
         problems += _find_wrong_warmdown(valid)
     if have("tokenizer", "vocab_size") and valid["tokenizer"] == "gpt2" and valid["vocab_size"] != GPT2_VOCAB_SIZE:

@@ -11,6 +11,7 @@ from encore.code import FOLDER, describe_code
 from encore.errors import EncoreError, run_stage
 from encore.files import whole_folder
 from encore.mixture import list_sources
+from encore.muon_rates import find_untested
 from encore.params import PAGE, check_page, find_warnings, list_problems
 from encore.pipeline.experiment_copy import check_copied
 from encore.pipeline.stage_history import record_stage
@@ -24,7 +25,8 @@ def main() -> None:
     params = check_page(PAGE)
     for source in list_sources(params):
         check_copied(source.dataset, params.init_from)
-    if misfits := find_misfits(params.model_dump()):
+    page = params.model_dump()
+    if misfits := find_misfits(page) + find_untested(page, page["vocab_size"]):
         raise EncoreError(list_problems(PAGE, misfits))
     for warning in find_warnings(params):
         print(f"encore: note: {warning}", file=sys.stderr)

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from encore.muon_rates import KEYS, RunSize, fill_in, find_rates, measure
+from encore.errors import EncoreError
+from encore.muon_rates import KEYS, RunSize, fill_in, find_rates, find_untested, measure
 from encore.params import find_problems
 from tests.conftest import MODERN, ROOT, read_page
 
@@ -70,7 +71,8 @@ def test_presets_have_the_numbers_of_the_rule(preset: str, keys: list[str]) -> N
 
 
 def problems_with(**changes: Any) -> list[str]:
-    return find_problems({**SMALL, **AUTO, **changes})
+    page = {**SMALL, **AUTO, **changes}
+    return find_problems(page) or find_untested(page, page["vocab_size"])
 
 
 def test_auto_is_allowed_from_the_smallest_to_the_largest_that_was_tried() -> None:
@@ -121,6 +123,11 @@ def test_what_was_never_tried_is_refused_in_a_sentence_that_says_so(changes: dic
     for problem, sentence in zip(problems, sentences, strict=True):
         keys = ", ".join(key for key in KEYS if {**AUTO, **changes}[key] == "auto")
         assert problem.startswith(sentence if sentence.startswith("learning_rate:") else f"{keys}: {sentence}")
+
+
+def test_the_train_stage_refuses_it_too() -> None:
+    with pytest.raises(EncoreError, match="auto was tried with vocab_size from 2,048 to 50,257, not 300"):
+        fill_in({**SMALL, **AUTO}, 300)
 
 
 def test_a_page_with_numbers_may_be_of_any_size() -> None:
