@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from encore.errors import EncoreError
-from encore.muon_rates import KEYS, RunSize, fill_in, find_rates, find_untested, measure
+from encore.muon_rates import KEYS, TESTED, RunSize, fill_in, find_rates, find_untested, measure
 from encore.params import find_problems
 from tests.conftest import MODERN, ROOT, read_page
 
@@ -68,6 +68,28 @@ def test_presets_have_the_numbers_of_the_rule(preset: str, keys: list[str]) -> N
     page = read_page(ROOT / f"presets/{preset}.yaml")
     rates = find_rates(measure(page, page["vocab_size"]))
     assert {key: page[key] for key in keys} == {key: rates[key] for key in keys}
+
+
+def test_the_docs_have_the_rule_and_what_was_tried() -> None:
+    text = (ROOT / "docs/learning-rates.md").read_text()
+    rows = {cells[0].split("`")[1] if "`" in cells[0] else cells[0]: cells[1:] for cells in _find_rows(text)}
+    size = RunSize(2, 128, 2_048, 4_096, 100)
+    base = find_rates(size)
+    assert {key: float(rows[key][0]) for key in KEYS[:3]} == {key: base[key] for key in KEYS[:3]}
+    names = ("iters", "tokens_per_iter", "n_layer", "n_embd", "vocab_size")
+    for column, name in enumerate(names, start=1):
+        rates = find_rates(size._replace(**{name: 4 * getattr(size, name)}))
+        for key in KEYS[:3]:
+            power = float(rows[key][column] or 0)
+            assert rates[key] == pytest.approx(base[key] * 4**power, rel=6e-3)  # three digits
+    tried = [[int(cell.replace(",", "")) for cell in rows[edge] if cell] for edge in ("tried from", "to")]
+    assert list(zip(*tried, strict=True)) == [TESTED[name] for name in names]
+
+
+def _find_rows(text: str) -> list[list[str]]:
+    """The cells of the first table."""
+    table = text[text.index("| | base |") :].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
 def problems_with(**changes: Any) -> list[str]:
