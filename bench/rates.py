@@ -27,7 +27,7 @@ from bench.gpu.step import evaluate
 from encore.errors import EncoreError, run_stage
 from encore.muon_rates import KEYS, find_rates, measure
 from encore.params import StageParams
-from encore.tokens.token_files import read_manifest
+from encore.tokens.token_files import manifest_sha256, read_manifest
 from stages.train import prepare
 
 FACTOR = 1.5
@@ -82,21 +82,22 @@ def sweep(rates: dict[str, float], together: bool = False) -> Iterator[tuple[str
 
 
 class Results:
-    """The losses of runs, of this bench or of one before. file: lines of JSON, or None."""
+    """The losses of runs, of this bench or of one before, on any tokens. file: lines of JSON, or None."""
 
     def __init__(self, tokens: Path, file: Path | None) -> None:
         self.tokens, self.file = tokens, file
+        self.tokens_sha256 = manifest_sha256(tokens)
         lines = file.read_text().splitlines() if file and file.exists() else []
-        self.losses = {json.dumps(page): loss for page, loss in map(json.loads, lines)}
+        self.losses = {json.dumps([sha256, page]): loss for sha256, page, loss in map(json.loads, lines)}
 
     def find(self, page: Page) -> float:
         """Nats a token, over the val split of the tokens."""
-        key = json.dumps(page)
+        key = json.dumps([self.tokens_sha256, page])
         if key not in self.losses:
             self.losses[key] = train(page, self.tokens)
             if self.file:
                 with self.file.open("a") as file:
-                    file.write(json.dumps([page, self.losses[key]]) + "\n")
+                    file.write(json.dumps([self.tokens_sha256, page, self.losses[key]]) + "\n")
         return self.losses[key]
 
 
@@ -110,12 +111,13 @@ def train(page: Page, tokens: Path) -> float:
             Path("data").mkdir()
             Path("data/tokens").symlink_to(tokens)
             trainer = prepare(StageParams("train", page), Path("checkpoints"))
-            for _ in range(page["max_iters"]):
-                trainer.step()
+            try:
+                for _ in range(page["max_iters"]):
+                    trainer.step()
+            except EncoreError as error:  # a loss that is not finite
+                print(error, file=sys.stderr)
+                return float("inf")
             return evaluate(trainer)
-        except EncoreError as error:
-            print(error, file=sys.stderr)
-            return float("inf")
         finally:
             os.chdir(home)
 

@@ -10,6 +10,7 @@ from bench.rates import make_page, sweep
 from encore.errors import EncoreError
 from encore.muon_rates import KEYS, find_rates, measure
 from encore.params import find_problems
+from encore.tokens.token_files import manifest_sha256
 from tests.small_runs import small_machine
 
 RATES = dict(zip(KEYS, (0.06, 0.3, 0.03, 2.0), strict=True))
@@ -50,7 +51,8 @@ def test_a_sweep_ends_in_a_row_and_is_not_run_again(tokens_folder, tmp_path, mon
     cells = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
     runs = [json.loads(line) for line in results.read_text().splitlines()]
     assert len(runs) == 3
-    pages, losses = zip(*runs, strict=True)
+    hashes, pages, losses = zip(*runs, strict=True)
+    assert set(hashes) == {manifest_sha256(tokens_folder)}
     expected = find_rates(measure(pages[0], int(cells["ids"])))
     assert {key: pages[0][key] for key in KEYS} == expected == {key: float(cells[key]) for key in KEYS}
     assert len(set(losses)) == 3
@@ -60,3 +62,6 @@ def test_a_sweep_ends_in_a_row_and_is_not_run_again(tokens_folder, tmp_path, mon
     with small_machine():
         rates.main()
     assert row in capsys.readouterr().out
+    monkeypatch.setattr(rates, "manifest_sha256", lambda folder: "other tokens")
+    with pytest.raises(TypeError), small_machine():  # whose losses are others
+        rates.main()

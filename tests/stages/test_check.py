@@ -8,7 +8,7 @@ import pytest
 from encore.code import describe_code
 from encore.errors import EncoreError
 from stages import check
-from tests.conftest import write_page
+from tests.conftest import MODERN, write_page
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +54,16 @@ def test_a_page_that_describes_other_weights_than_it_starts_from_gets_none() -> 
     assert not check.FOLDER.exists()
 
     (weights / "config.json").write_text(json.dumps({**config, "n_layer": 2, "n_embd": 192}))
+    check.main()
+    assert check.FOLDER.exists()
+
+
+def test_a_page_whose_size_auto_was_never_tried_with_gets_none() -> None:
+    write_page(Path("params.yaml"), **{**MODERN, "learning_rate": "auto", "n_layer": 13, "n_head": 2})
+    with pytest.raises(EncoreError, match=r"learning_rate: auto was tried with n_layer from 2 to 12, not 13; give"):
+        check.main()
+    assert not check.FOLDER.exists()
+    write_page(Path("params.yaml"), **{**MODERN, "learning_rate": "auto", "n_layer": 12, "n_head": 2})
     check.main()
     assert check.FOLDER.exists()
 
