@@ -1,9 +1,10 @@
 """What Encore does on the GPU that is here, as tables for docs/performance.md: is it right, does it repeat, is it fast.
 
-    python -m bench.gpu [--nanogpt DIR] [--part correctness|repeat|speed|learning|text] [--tiny]
+    python -m bench.gpu [--nanogpt DIR] [--part correctness|repeat|attention|speed|learning|text] [--tiny]
 
 correctness  loss and every gradient, compiled and as written, against float64
 repeat       three trainings of each page, one of them killed and taken up: the hashes of the weights
+attention    each kernel of attention: time, and whether its gradients repeat
 speed        steps of each recipe, of nanoGPT where DIR is a checkout of it (model.py, train.py and configurator.py are
              enough), evaluation, memory, the first step of a process, and where the time of a step goes
 learning     loss at steps and minutes, of GPT-2 at three rates and of nanochat's models in fewer steps
@@ -27,7 +28,7 @@ import torch
 from bench.train import ROOT
 from encore.devices.device import find_device
 
-PARTS = ("correctness", "repeat", "speed", "learning", "text")
+PARTS = ("correctness", "repeat", "attention", "speed", "learning", "text")
 SECONDS = 240
 
 

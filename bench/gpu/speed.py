@@ -11,49 +11,64 @@ import signal
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+import threading
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bench.gpu.pages import Page, gpt2, is_gpu, make_tokens, nanochat, nanochat_plus, print_head, print_row
-from bench.gpu.step import Job
+from bench.gpu.step import BLOCKS, Job
 from bench.memory import count
 from encore.devices.device import REPEATABLE, find_device
 from encore.models.cross_entropy import scores_at_once
 
-STEPS, WARM_UP_STEPS, KERNELS = 20, 4, 16
+STEPS = 10  # between two lines of the log, of Encore's and of nanoGPT's
+KERNELS = 16
 FEW, MANY = 12, 32  # sequences in a micro-batch
 
 
-@dataclass
 class NanoGPT:
-    """Its train.py, unmodified. It cannot be asked to wait, so once it is warm it is halted until its turn."""
+    """Its train.py, unmodified. It cannot be asked to wait, so once it is warm it is halted until its turn. It logs
+    every `steps` iterations, and the time between its lines is clocked here."""
 
-    process: subprocess.Popen[str]
-    tokens_per_step: int
+    def __init__(self, process: subprocess.Popen[str], steps: int, tokens_per_step: int) -> None:
+        self.process, self.steps, self.tokens_per_step = process, steps, tokens_per_step
+        self._times: list[float] = []  # of its lines, behind the one at which it was halted
+        self._warm = threading.Event()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
-    def wait_until_ready(self) -> bool:
-        assert self.process.stdout is not None
-        ready = any(line.startswith(f"iter {WARM_UP_STEPS}:") for line in self.process.stdout)
-        if ready:
-            self.process.send_signal(signal.SIGSTOP)
-        return ready
+    def wait_until_ready(self) -> None:
+        """Until it is warm, or has failed."""
+        self._warm.wait()
 
     def do(self) -> dict[str, Any]:
+        """Its turn. Nothing, where it failed."""
         self.process.send_signal(signal.SIGCONT)
-        output, _ = self.process.communicate()
-        times = re.findall(r"^iter \d+: loss \S+ time (\S+)ms", output, re.MULTILINE)
-        # The first was halted, the second may have waited for it.
-        if len(times) < 3:
+        self.process.wait()
+        self._listener.join()
+        if len(self._times) != 1 + BLOCKS:
             return {}
-        seconds = statistics.median(float(each) / 1e3 for each in times[2:])
+        # It was halted before the first of these.
+        seconds = statistics.median(later - earlier for earlier, later in pairwise(self._times)) / self.steps
         return {"seconds": seconds, "tokens_per_second": self.tokens_per_step / seconds}
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if self._warm.is_set():
+                self._times += [time.perf_counter()] if line.startswith("iter ") else []
+            elif line.startswith(f"iter {self.steps}:"):
+                self.process.send_signal(signal.SIGSTOP)
+                self._warm.set()
+        self._warm.set()
 
 
 def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
     """The tables, a row as soon as it is there."""
     tokens = make_tokens(folder / "tokens", tiny)
-    steps = 2 if tiny else STEPS
+    steps = 1 if tiny else STEPS
     pages = {
         f"GPT-2 124M, {FEW} sequences": gpt2(tiny, batch_size=FEW),
         f"GPT-2 124M, {MANY} sequences": gpt2(tiny, batch_size=MANY),
@@ -103,11 +118,11 @@ def start_nanogpt(folder: Path, nanogpt: Path, page: Page, tokens: Path, steps: 
         shutil.copy(nanogpt / file, place)
     for split in ("train", "val"):
         shutil.copy(tokens / f"{split}_00000.bin", place / f"data/bench/{split}.bin")
-    last = WARM_UP_STEPS + 2 + steps
+    last = (2 + BLOCKS) * steps
     settings = {
         **{key: page[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")},
         "gradient_accumulation_steps": page["gradient_accumulation_steps"],
-        "log_interval": 1,
+        "log_interval": steps,
         "eval_iters": 1,
         "dataset": "bench",
         "out_dir": "out",
@@ -119,7 +134,7 @@ def start_nanogpt(folder: Path, nanogpt: Path, page: Page, tokens: Path, steps: 
     command = [sys.executable, "-u", "train.py", *(f"--{key}={value}" for key, value in settings.items())]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     tokens_per_step = page["batch_size"] * page["block_size"] * page["gradient_accumulation_steps"]
-    return NanoGPT(subprocess.Popen(command, cwd=place, **pipes), tokens_per_step)
+    return NanoGPT(subprocess.Popen(command, cwd=place, **pipes), steps, tokens_per_step)
 
 
 def print_steps(folder: Path, name: str, result: dict[str, Any], pages: dict[str, Page]) -> None:

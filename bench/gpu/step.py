@@ -1,7 +1,8 @@
 """One recipe's steps, in a process of its own: it compiles at once, beside the others, and waits with the clock until
 its turn has come.
 
-    python -m bench.gpu.step PAGE.json WORK STEPS      in a folder with data/tokens; WORK: steps, rest or train
+    python -m bench.gpu.step PAGE.json WORK STEPS      in a folder with data/tokens; WORK: steps, rest or train; STEPS:
+                                                       how many are clocked together
 
 Prints `ready`, reads a line, and prints a line of JSON.
 """
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from stages.evaluate import BATCH_TOKENS
 from stages.train import prepare
 
 WARM_UP_STEPS = 3
+BLOCKS = 3  # of steps that are clocked together; the median counts
 TRIES, PAUSE_SECONDS = 10, 2  # while others hold the memory
 
 
@@ -100,8 +103,8 @@ def warm_up(params: StageParams) -> Trainer:
 
 
 def clock_steps(trainer: Trainer, steps: int) -> dict[str, Any]:
-    """The median step, the peak of memory, and what the check before the first step costs once all is compiled."""
-    step = statistics.median(clock(trainer, trainer.step) for _ in range(steps))
+    """A step's seconds, the peak of memory, and what the check before the first step costs once all is compiled."""
+    step = statistics.median(clock(trainer, partial(take_steps, trainer, steps)) for _ in range(BLOCKS)) / steps
     peak_bytes = peak_memory_bytes(trainer.device)
     check = clock(trainer, trainer.check_compiled)
     flops_per_second = flops_per_token(trainer.model) * trainer.tokens_per_step / step
@@ -134,13 +137,15 @@ def clock_rest(trainer: Trainer, steps: int) -> dict[str, Any]:
 def train(trainer: Trainer, steps: int) -> dict[str, Any]:
     """The schedule's other steps: the loss of the whole val split, and the seconds that all steps would have taken."""
     left = trainer.params.max_iters - WARM_UP_STEPS
-
-    def take_steps() -> None:
-        for _ in range(left):
-            trainer.step()
-
-    seconds = clock(trainer, take_steps) * trainer.params.max_iters / left
+    seconds = clock(trainer, partial(take_steps, trainer, left)) * trainer.params.max_iters / left
     return {"seconds": seconds, "loss": evaluate(trainer)}
+
+
+def take_steps(trainer: Trainer, steps: int) -> None:
+    """So many, one behind the other as between two lines of the log: the GPU is given the next while it computes."""
+    for _ in range(steps):
+        trainer.step()
+    trainer.settle()
 
 
 def evaluate(trainer: Trainer) -> float:

@@ -59,11 +59,11 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def largest(self, value: int, device: torch.device) -> int:
-        """The largest value that any rank has."""
+    def largest(self, value: int) -> int:
+        """The largest value that any rank has. Goes from CPU to CPU, so that no GPU is waited for."""
         if self.count == 1:
             return value
-        tensor = torch.tensor(value, device=device)
+        tensor = torch.tensor(value)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor.item())
 

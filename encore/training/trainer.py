@@ -17,7 +17,7 @@ from encore.errors import EncoreError, Interrupted
 from encore.evaluation.losses import sum_losses
 from encore.integrity import Verification
 from encore.models.architectures import Model, make_model
-from encore.models.flops import flops_per_token, synchronize
+from encore.models.flops import flops_per_token
 from encore.params import StageParams
 from encore.progress import Progress
 from encore.signals import StopRequest
@@ -31,6 +31,7 @@ from encore.training.metrics import Records
 from encore.training.optim import make_optimizers
 from encore.training.profile import profiler
 from encore.training.samples import Sampler
+from encore.training.step_numbers import StepNumbers
 
 
 class Trainer:
@@ -63,7 +64,8 @@ class Trainer:
         self._verified = False  # whether the data is what its manifest says
         self.saver = Saver(checkpoints, params.keep_checkpoints, ranks)
         self.code = [{"from_iter": 0, "sha256": code_sha256(TRAINING)}]
-        self._last_step: dict[str, float | None] = {}  # loss, learning rate, norm of the gradient
+        self._launched: StepNumbers | None = None  # the last step, while nobody has waited for it
+        self._last_step: dict[str, float | None] = {}  # loss, learning rate, norm of the gradient of the one that ended
         self._step_seconds: list[float] = []  # of the steps since the last record
         self.keep_best: Callable[[], None] | None = None  # all ranks are to have it, or none; and so with the sampler
         self.sampler: Sampler | None = None
@@ -116,7 +118,7 @@ class Trainer:
                     if self.sampler and self.sampler.is_due(self.iter):
                         self.sample(self.sampler)
                     last = self.iter == params.max_iters
-                    stopped_by = self.ranks.largest(stop.signal_number or 0, self.device)
+                    stopped_by = self.ranks.largest(stop.signal_number or 0)
                     if self.iter % params.checkpoint_interval == 0 or last or stopped_by:
                         self.save()
                     if stopped_by and not last:
@@ -138,8 +140,8 @@ class Trainer:
             self.evaluate()
 
     def step(self) -> None:
-        """One optimizer step. Raises EncoreError, before the update, where the mean loss over its tokens (nats) or the
-        gradient's norm before clipping is not finite."""
+        """Launches one optimizer step, and reads the numbers of the one before. Raises EncoreError where those are not
+        finite."""
         params = self.params
         started = time.perf_counter()
         for optimizer in self.optimizers:
@@ -161,30 +163,36 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         lr = self.scheduled_lr(params.learning_rate)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), params.grad_clip or float("inf"))
-        loss = self.ranks.sum(loss) / self.ranks.count
-        values = torch.stack([loss, gather(grad_norm)]).tolist()
-        # Under float16 an infinite gradient is the scaler's business: it skips the step and scales less.
-        finite = torch.tensor(values[:1] if self.scaler.is_enabled() else values).isfinite().all()
-        if not finite:
-            windows = ", ".join(map(str, self.my_windows(self.iter)[:8]))
-            raise EncoreError(
-                f"iteration {self.iter + 1}: the loss is {values[0]} and the gradient's norm {values[1]} at learning "
-                f"rate {lr:.3g}, in windows {windows}, ... of the train split; nothing was updated and the last "
-                "checkpoint is whole. Lower learning_rate or set dtype: float32"
-            )
+        values = torch.stack([self.ranks.sum(loss) / self.ranks.count, gather(grad_norm)])
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         self.iter += 1
-        # Under float16 a step that overflowed has no norm.
-        norm = values[1] if math.isfinite(values[1]) else None
-        self._last_step = {"loss": values[0], "lr": lr, "grad_norm": norm}
+        launched = StepNumbers.begin_copy(self.iter, lr, self.scaler.is_enabled(), values)
+        self._read_numbers()
+        self._launched = launched
+        if not self._warm_since:
+            self._read_numbers()
         seconds = time.perf_counter() - started
         if self._warm_since:
             self._step_seconds.append(seconds)
         else:
             self._first_step_seconds, self._warm_since = seconds, (self.iter, time.perf_counter())
+
+    def settle(self) -> None:
+        """Waits until the steps so far are done. Raises EncoreError where the last one's numbers are not finite, so
+        comes before anything that is to outlive them."""
+        started = time.perf_counter()
+        self._read_numbers()
+        if self._step_seconds:
+            self._step_seconds[-1] += time.perf_counter() - started
+
+    def _read_numbers(self) -> None:
+        """Of the step that was launched last."""
+        if self._launched:
+            self._last_step = self._launched.read(self.my_windows)
+            self._launched = None
 
     def scheduled_lr(self, highest: float) -> float:
         """The learning rate of the step to come, for parameters whose highest is this; all rise and fall alike."""
@@ -204,11 +212,10 @@ class Trainer:
 
     def log(self) -> None:
         """Records the step just done and the speed since the last record."""
-        waiting = time.perf_counter()
-        synchronize(self.device)
+        self.settle()
         # The first step of a process counts only where it is alone.
         timed = self._step_seconds or [self._first_step_seconds]
-        seconds = (sum(timed) + time.perf_counter() - waiting) / len(timed)
+        seconds = sum(timed) / len(timed)
         self._step_seconds = []
         tokens_per_second = self.tokens_per_step / seconds
         flops_per_second = tokens_per_second * flops_per_token(self.model)
@@ -234,6 +241,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Records the losses over the same windows of both splits each time. Raises EncoreError where one is not
         finite."""
+        self.settle()
         most_windows = self.params.eval_iters * self.params.batch_size
         losses: dict[str, float] = {}
         of_sources: dict[str, float] = {}
@@ -257,6 +265,7 @@ class Trainer:
 
     def sample(self, sampler: Sampler) -> None:
         """Records what the model writes now."""
+        self.settle()
         model = self.whole_model()
         if model is not None:
             self.records.log_sample(self.iter, sampler.write(model, self.iter))
@@ -278,6 +287,7 @@ class Trainer:
 
     def save(self) -> None:
         """Begins to write a checkpoint of everything that the rest of the run depends on."""
+        self.settle()
         self.check_data()
         state = {
             "scaler": self.scaler.state_dict(),

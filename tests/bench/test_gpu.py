@@ -4,8 +4,10 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pyarrow
 import pytest
 import tiktoken
@@ -13,6 +15,7 @@ from pyarrow import parquet
 
 from bench.gpu import __main__ as bench
 from bench.gpu.learning import DOCUMENTS_A_VAL, encode_folder
+from bench.gpu.speed import NanoGPT
 from bench.train import ROOT
 from encore.tokens.token_files import TokenSplit
 
@@ -50,6 +53,22 @@ def test_repeat_compares_three_trainings_of_a_page():
         assert (again, killed, verdict) == (once, once, "the same")
 
 
+def test_attention_has_a_row_for_each_kernel_which_a_cpu_mostly_lacks():
+    rows, _ = run_tiny("attention")
+    assert [row[1:4] for row in rows[2:]] == [
+        [dtype, kernel, asked]
+        for dtype in ("bfloat16", "float32")
+        for kernel in ("flash", "memory-efficient", "cuDNN", "flex, compiled")
+        for asked in ("yes", "no")
+    ]
+    for row in rows[2:]:
+        if row[2] == "flash":
+            assert float(row[4]) > 0
+            assert row[6] == "yes"
+        else:
+            assert row[4:] == ["not here", "", ""]
+
+
 def test_speed_has_every_recipe_the_ratios_and_a_profile():
     rows, output = run_tiny("speed")
     recipes = [row for row in rows if row[0].startswith(("GPT-2", "nanochat"))]
@@ -63,6 +82,37 @@ def test_speed_has_every_recipe_the_ratios_and_a_profile():
         r"^\| aten::mm \| \d+ \| \d+\.\d\d \|$",
     ):
         assert re.search(expected, output, re.MULTILINE), expected
+
+
+def test_nanogpt_is_halted_once_it_is_warm_and_clocked_between_its_lines(tmp_path):
+    """By a stand-in that logs as its train.py does, every second iteration."""
+    (tmp_path / "train.py").write_text(
+        "import time\n"
+        "print('step 0: train loss 10.9, val loss 10.9')\n"
+        "for iteration in range(11):\n"
+        "    if iteration % 2 == 0:\n"
+        "        print(f'iter {iteration}: loss 10.9, time 5.00ms, mfu -100.00%', flush=True)\n"
+        "    time.sleep(0.05)\n"
+    )
+    command = [sys.executable, "train.py"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    nanogpt = NanoGPT(process, 2, 1000)
+    nanogpt.wait_until_ready()
+    deadline = time.monotonic() + 10
+    while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.poll() is None
+    result = nanogpt.do()
+    assert process.returncode == 0
+    assert result["seconds"] > 0.04
+    assert result["tokens_per_second"] == 1000 / result["seconds"]
+
+
+def test_a_nanogpt_that_fails_has_no_figures():
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"], stdout=subprocess.PIPE, text=True)
+    nanogpt = NanoGPT(process, 2, 1000)
+    nanogpt.wait_until_ready()
+    assert nanogpt.do() == {}
 
 
 def test_learning_has_a_loss_for_each_recipe():

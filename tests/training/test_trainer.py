@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from encore.errors import EncoreError
+from encore.training.step_numbers import StepNumbers
 from tests.conftest import MODERN
 from tests.small_runs import NO_STOP, read_curve, run, small_machine, trainer_in, weights_of
 
@@ -134,9 +135,11 @@ def test_dropout_and_the_seed_make_a_difference(make_trainer):
     assert len({run(make_trainer(name, **change))[1]["train"] for name, change in changes.items()}) == 3
 
 
+@pytest.mark.parametrize("interval", [1, 3, 100])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_stops_before_the_update(make_trainer, what):
-    trainer = make_trainer("run", learning_rate=2e-3, warmup_iters=0, min_lr=2e-3)
+def test_what_is_not_finite_ends_the_run_and_reaches_no_checkpoint(make_trainer, what, interval):
+    intervals = {"log_interval": 100, "eval_interval": 100, "checkpoint_interval": interval}
+    trainer = make_trainer("run", learning_rate=2e-3, warmup_iters=0, min_lr=2e-3, **intervals)
     trainer.evaluate()
     for _ in range(2):
         trainer.step()
@@ -145,14 +148,44 @@ def test_what_is_not_finite_stops_before_the_update(make_trainer, what):
             trainer.model.wpe.weight[3, 3] = float("inf")
     else:
         trainer.model.ln_f.weight.register_hook(lambda gradient: gradient * float("inf"))
-    before, moments = weights_of(trainer), copy.deepcopy(trainer.optimizers[0].state_dict()["state"])
     with pytest.raises(EncoreError, match=r"^iteration 3: .* at learning rate 0\.002, in windows (\d+, ){8}") as error:
         trainer.run(NO_STOP)
     assert ("the loss is nan" in str(error.value)) == (what == "loss")
-    assert trainer.iter == 2
-    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(trainer).items())
-    for number, state in trainer.optimizers[0].state_dict()["state"].items():
-        assert all(torch.equal(tensor, moments[number][key]) for key, tensor in state.items())
+    assert trainer.iter == (3 if interval < 100 else 4)
+    assert not list(trainer.checkpoints.glob("iter-*"))
+    assert not trainer.records.rows.train
+
+
+def test_a_step_is_launched_before_the_numbers_of_the_one_before_are_read(make_trainer, monkeypatch):
+    """A GPU then computes without a pause. They are waited for where something is recorded or saved."""
+    trainer, reads = make_trainer("run", log_interval=4, eval_interval=6, checkpoint_interval=7, max_iters=9), []
+    read = StepNumbers.read
+    monkeypatch.setattr(StepNumbers, "read", lambda self, of: reads.append((self.iter, trainer.iter)) or read(self, of))
+    run(trainer)
+    assert reads == [(1, 1), (2, 3), (3, 4), (4, 4), (5, 6), (6, 6), (7, 7), (8, 8), (9, 9)]
+
+
+def test_what_a_record_waits_for_counts_among_the_steps(make_trainer, monkeypatch):
+    """Each step is launched in 1 s, and whoever reads its numbers has waited for 10 s."""
+    trainer = make_trainer("run", max_iters=10)
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("encore.training.trainer.time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def tick(seconds, work):
+        clock.now += seconds
+        return work
+
+    read, take = StepNumbers.read, trainer.batches.take
+    monkeypatch.setattr(StepNumbers, "read", lambda self, of: tick(10.0, read(self, of)))
+    trainer.batches.take = lambda step: tick(1.0, take(step))
+    for _ in range(4):
+        trainer.step()
+    trainer.log()
+    assert trainer.records.rows.speed[-1]["ms_per_iter"] == pytest.approx(1e3 * (1 + 11 + 11 + 10) / 3)
+    trainer.step()
+    trainer.evaluate()
+    trainer.log()
+    assert trainer.records.rows.speed[-1]["ms_per_iter"] == pytest.approx(1e3 * 11)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
