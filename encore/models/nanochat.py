@@ -27,7 +27,7 @@ from encore.models.vocabulary import pad_vocab
 
 ROPE_THETA = 10_000.0
 SOFT_CAP = 15.0  # scores stay within plus and minus this
-Rotations = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (T, D / 2) each
+Rotations = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (T, 1, D / 2) each
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def find_rotations(length: int, head_size: int) -> Rotations:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Queries or keys x (B, H, T, D), whose pairs lie D / 2 apart, turned backwards by angles (T, D / 2)."""
+    """Queries or keys x (B, T, H, D), whose pairs lie D / 2 apart, turned backwards by angles (T, 1, D / 2)."""
     left, right = x.chunk(2, dim=-1)
-    return torch.cat([left * cos + right * sin, right * cos - left * sin], dim=-1)
+    return torch.cat([left * cos + right * sin, right * cos - left * sin], dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -88,8 +88,10 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if values is not None:
             v = v + values.to(v.dtype)
-        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head) for part in (q, k, v))
         q, k = rms_norm(rotate(q, *rotations)), rms_norm(rotate(k, *rotations))
+        # Heads first, (B, H, T, D), as views: what attention writes then lies as the next product reads it.
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         k, v, mask = cache.extend(layer, k, v) if cache else (k, v, mask)
         # A single token behind others sees them all.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and k.shape[2] == T)
@@ -212,7 +214,7 @@ class NanoChat(nn.Module):
         """What the output matrix is applied to, (B, T, C)."""
         T = idx.shape[1]
         places = cache.places(T) if cache else slice(0, T)
-        rotations = self.cos[places], self.sin[places]
+        rotations = self.cos[places, None], self.sin[places, None]
         occurrences = find_occurrences(idx, pad_vocab(self.config.vocab_size))
         x = rms_norm(look_up(self.embed_tokens.weight, idx, occurrences))
         begins = mask = None
