@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from encore.devices.device import find_device, set_up_numerics
 from encore.evaluation.generate import encode_prompt, generate, open_model
 from encore.evaluation.losses import SplitLoss, evaluate_split
 from encore.tokens.batches import Windows
@@ -28,9 +27,8 @@ class LanguageModel:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.device = find_device()
-        set_up_numerics(self.device)  # before a model computes its rotations
         self.network, self.tokenizer = open_model(Path(folder))
+        self.device = next(self.network.parameters()).device
 
     def generate(
         self,

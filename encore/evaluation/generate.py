@@ -16,7 +16,7 @@ import tiktoken
 import torch
 from torch.nn import functional as F
 
-from encore.devices.device import find_device
+from encore.devices.device import find_device, set_up_numerics
 from encore.errors import EncoreError
 from encore.models.architectures import Model
 from encore.models.cuda_graph import Replay
@@ -108,11 +108,13 @@ def sample(
 
 
 def open_model(folder: Path) -> tuple[Model, tiktoken.Encoding]:
-    """The model of a folder, on the best device that there is, and its tokenizer. Raises EncoreError where a part is
-    missing or damaged."""
+    """The model of a folder, on the best device that there is, set up for repeatable arithmetic, and its tokenizer.
+    Raises EncoreError where a part is missing or damaged."""
     if not folder.is_dir():
         raise EncoreError(f"there is no folder {folder}; `dvc repro train` makes model, --model names another")
-    return load_model(folder).to(find_device()), load_tokenizer(folder / RANKS_FILE)
+    device = find_device()
+    set_up_numerics(device)  # before the model computes its rotations
+    return load_model(folder).to(device), load_tokenizer(folder / RANKS_FILE)
 
 
 def encode_prompt(tokenizer: tiktoken.Encoding, text: str) -> list[int]:

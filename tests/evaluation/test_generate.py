@@ -195,6 +195,14 @@ def test_the_command_prints_prompt_and_text(monkeypatch, capsys, folder):
     assert two.startswith(printed.out + "\n" + "-" * 80 + "\nab")
 
 
+def test_arithmetic_is_set_up_before_a_model_computes_its_rotations(monkeypatch, folder):
+    calls, load = [], command.load_model
+    monkeypatch.setattr(command, "set_up_numerics", lambda device: calls.append(str(device)))
+    monkeypatch.setattr(command, "load_model", lambda path: (calls.append(path), load(path))[1])
+    command.open_model(folder)
+    assert calls == ["cpu", folder]
+
+
 def test_the_command_shows_each_token_before_it_computes_the_next(monkeypatch, folder):
     events = []
 
