@@ -25,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -177,6 +178,7 @@ def become(start: dict[str, Any], streams: list[int]) -> None:
     sys.orig_argv[:] = [sys.executable, *start["words"]]
     show(sys.orig_argv, [f"{name}={value}" for name, value in start["environment"].items()])
     os.environ.update(start["environment"])
+    tempfile.tempdir = None  # which depends on the environment
     for number in STOPS:
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN if number in start["ignored"] else usual)

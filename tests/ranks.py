@@ -115,7 +115,8 @@ def hold_file(folder: Path) -> Path:
 
 def launch_settings(folder: Path, arguments: str) -> dict[str, str]:
     """The environment in which the stage starts torchrun with these arguments, on CPUs."""
-    return {"ENCORE_DEVICE": "cpu", "ENCORE_TORCHRUN": arguments, "PYTHONPATH": python_path(folder)}
+    settings = {"ENCORE_DEVICE": "cpu", "ENCORE_TORCHRUN": arguments, "PYTHONPATH": python_path(folder)}
+    return {**settings, "TMPDIR": str(folder.parent)}  # where a killed torchrun leaves its folder
 
 
 def launched(folder: Path, arguments: str) -> AbstractContextManager[subprocess.Popen]:

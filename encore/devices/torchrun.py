@@ -12,6 +12,7 @@ import signal
 from argparse import Namespace
 from contextlib import redirect_stderr
 from io import StringIO
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -72,7 +73,9 @@ def run_under_torchrun(arguments: list[str], module: str) -> None:
         logging.disable(logging.WARNING if parsed.max_restarts else logging.ERROR)
         # Nor who left first, where all have ended well and one machine's goodbye misses the other's store.
         logging.getLogger("torch.distributed.elastic.agent.server.api").addFilter(_is_no_goodbye)
-        run(parsed)
+        with TemporaryDirectory(prefix="encore-torchrun-") as logs:  # torchrun would leave a folder behind each run
+            parsed.log_dir = parsed.log_dir or logs
+            run(parsed)
     except SignalException as stop:
         raise Interrupted(stop.sigval, STOPPED) from None
     except UnboundLocalError as error:

@@ -337,6 +337,8 @@ def test_signals_stop_all_ranks_and_dvc_goes_on_from_there(undisturbed, tmp_path
             from_rank_0,
         )
         assert from_torchrun == "encore: all ranks have stopped; run the same command to go on"
+    assert not list(folder.parent.glob("*torchrun*"))
+    assert not list(folder.parent.glob("torchelastic*"))
 
     with launched(folder, TWO) as agent, at_checkpoint(agent, folder):
         ranks = ranks_of(agent)
