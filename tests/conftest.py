@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,16 @@ PAGE = ROOT / "presets" / "gpt2-sympy.yaml"  # what tests change a few values of
 
 
 SLOW_FOLDERS = ("bench", "pipeline")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a program leaves in the folder for temporary files because a test has killed it, pytest removes with its
+    own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("t")))
+        patch.setattr(tempfile, "tempdir", None)  # found anew
+        yield
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

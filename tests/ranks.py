@@ -116,7 +116,7 @@ def hold_file(folder: Path) -> Path:
 def launch_settings(folder: Path, arguments: str) -> dict[str, str]:
     """The environment in which the stage starts torchrun with these arguments, on CPUs."""
     settings = {"ENCORE_DEVICE": "cpu", "ENCORE_TORCHRUN": arguments, "PYTHONPATH": python_path(folder)}
-    return {**settings, "TMPDIR": str(folder.parent)}  # where a killed torchrun leaves its folder
+    return {**settings, "TMPDIR": str(folder.parent)}  # of this run alone
 
 
 def launched(folder: Path, arguments: str) -> AbstractContextManager[subprocess.Popen]:
