@@ -104,7 +104,8 @@ def wants_same_bits() -> bool:
 
 
 def set_up_numerics(device: torch.device) -> None:
-    """Repeatable arithmetic, and TensorFloat-32 for what stays float32 on a GPU, as nanoGPT sets it.
+    """Repeatable arithmetic, and TensorFloat-32 for what stays float32 on a GPU, as nanoGPT sets it. What names no GPU,
+    as CUDA's streams and events, then means this one.
 
     Comes before the first matrix product: CUDA's library reads its part of the environment then.
     """
@@ -112,6 +113,8 @@ def set_up_numerics(device: torch.device) -> None:
         _call_vector_math()
     if device.type != "cuda":
         return
+    if device.index is not None:
+        torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
     if not wants_same_bits():
         return

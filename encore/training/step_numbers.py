@@ -36,9 +36,10 @@ class StepNumbers:
         """Behind all that the device was given so far."""
         copied = None
         if values.is_cuda:
+            stream = torch.cuda.current_stream(values.device)
             values = values.to("cpu", non_blocking=True)
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(stream)
         return cls(iter, lr, overflow_allowed, values, copied)
 
     def read(self, windows_of: Callable[[int], np.ndarray]) -> dict[str, float | None]:

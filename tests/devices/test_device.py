@@ -136,6 +136,7 @@ import os, sys, torch
 from encore.devices import device
 kind = torch.device(sys.argv[1])
 device.find_device = lambda: kind
+torch.cuda.set_device = lambda which: print(which, end=" ")
 device.find_peak = lambda *_: print(
     torch.are_deterministic_algorithms_enabled(),
     torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -154,6 +155,7 @@ device.find_hardware("float32", False)
     [
         ("cuda", "1", "True False False high :4096:8"),
         ("cuda", "0", "False False True high None"),
+        ("cuda:1", "1", "cuda:1 True False False high :4096:8"),
         ("cpu", "1", "False False True highest None"),
     ],
 )

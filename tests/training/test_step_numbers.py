@@ -46,15 +46,18 @@ def test_a_gpu_copies_at_once_and_is_waited_for_only_when_the_numbers_are_read(m
     done = []
 
     class Numbers:
-        is_cuda = True
+        is_cuda, device = True, "cuda:1"
 
         def to(self, device, non_blocking):
             done.append(("copy", device, non_blocking))
             return SimpleNamespace(tolist=lambda: done.append("read") or [2.5, 0.75])
 
-    event = SimpleNamespace(record=lambda: done.append("record"), synchronize=lambda: done.append("wait"))
+    event = SimpleNamespace(
+        record=lambda stream: done.append(f"record on {stream}"), synchronize=lambda: done.append("wait")
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     launched = StepNumbers.begin_copy(7, 2e-3, False, Numbers())
-    assert done == [("copy", "cpu", True), "record"]
+    assert done == [("copy", "cpu", True), "record on the stream of cuda:1"]
     assert launched.read(windows_of)["loss"] == 2.5
     assert done[2:] == ["wait", "read"]
