@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -91,7 +91,7 @@ def clock(work: Callable[[], object], calls: int, device: torch.device) -> float
     return statistics.median(rounds[1:])
 
 
-def chosen(kernel: str):  # type: ignore[no-untyped-def]
+def chosen(kernel: str) -> AbstractContextManager[None]:
     """Within, scaled_dot_product_attention takes this kernel or none."""
     return nullcontext() if kernel == FLEX else sdpa_kernel([KERNELS[kernel]])
 
