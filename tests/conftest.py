@@ -77,6 +77,14 @@ def _no_leaking_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+@pytest.fixture(autouse=True)
+def _no_leaking_determinism() -> Iterator[None]:
+    """What a stage sets up is torch's for the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+
+
 def _is_setting(name: str) -> bool:
     return name.startswith(("ENCORE_", "WANDB_", "DVC_", "HF_"))
 

@@ -34,7 +34,7 @@ class Hardware:
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         compiled = ", compiled" if self.compiles else ""
-        other_bits = ", not repeatable" if self.device.type == "cuda" and not wants_same_bits() else ""
+        other_bits = "" if wants_same_bits() else ", not repeatable"
         return f"{name}, {str(self.dtype).removeprefix('torch.')}{compiled}{other_bits}"
 
 
@@ -99,7 +99,7 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def wants_same_bits() -> bool:
-    """Whether a run is to repeat to the bit on a GPU, at some cost in speed. ENCORE_REPEATABLE=0 says no."""
+    """Whether a run is to repeat to the bit, on a GPU at some cost in speed. ENCORE_REPEATABLE=0 says no."""
     return os.environ.get(REPEATABLE) != "0"
 
 
@@ -111,17 +111,17 @@ def set_up_numerics(device: torch.device) -> None:
     """
     if device.type == "cpu":
         _call_vector_math()
-    if device.type != "cuda":
+    if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if device.type == "mps" or not wants_same_bits():
         return
-    if device.index is not None:
-        torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")
-    if not wants_same_bits():
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Strictly, and not with warn_only: only so do the kernels of attention add up their gradients in a fixed order
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Strictly, and not with warn_only: only so do a GPU's kernels of attention add up their gradients in a fixed order
     # (flash, memory-efficient; cuDNN's cannot and is passed over). The compiler then chooses the order of its sums by
-    # rule and not by a stopwatch.
+    # rule and not by a stopwatch, and on a CPU its threads do not race for the rows of an embedding's gradient.
     torch.use_deterministic_algorithms(True)
     # Every new tensor would be filled first, a thousand launches a step. No code here reads what it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -156,10 +156,12 @@ device.find_hardware("float32", False)
         ("cuda", "1", "True False False high :4096:8"),
         ("cuda", "0", "False False True high None"),
         ("cuda:1", "1", "cuda:1 True False False high :4096:8"),
-        ("cpu", "1", "False False True highest None"),
+        ("cpu", "1", "True False False highest None"),
+        ("cpu", "0", "False False True highest None"),
+        ("mps", "1", "False False True highest None"),
     ],
 )
-def test_a_gpu_is_set_up_for_repeatable_arithmetic_before_its_peak_is_measured(kind, repeatable, state, monkeypatch):
+def test_a_device_is_set_up_for_repeatable_arithmetic_before_its_peak_is_measured(kind, repeatable, state, monkeypatch):
     """In a process of its own, since the settings are torch's for the whole process."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setenv("ENCORE_REPEATABLE", repeatable)
@@ -178,16 +180,11 @@ def test_a_run_that_need_not_repeat_says_so_where_it_names_its_hardware(monkeypa
 def test_what_does_not_repeat_is_named_in_one_sentence_and_other_errors_stay():
     """torch's own refusal, of an operation that the CPU has it for as well."""
     torch.use_deterministic_algorithms(True)
-    try:
-        with (
-            pytest.raises(
-                EncoreError, match=r"^put_ does not repeat to the bit on this device; set ENCORE_REPEATABLE=0"
-            ),
-            naming_what_does_not_repeat(),
-        ):
-            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1), accumulate=False)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with (
+        pytest.raises(EncoreError, match=r"^put_ does not repeat to the bit on this device; set ENCORE_REPEATABLE=0"),
+        naming_what_does_not_repeat(),
+    ):
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1), accumulate=False)
     with pytest.raises(RuntimeError, match=r"size mismatch|shapes"), naming_what_does_not_repeat():
         torch.ones(2, 3) @ torch.ones(2, 3)
 

@@ -1,9 +1,12 @@
 """Rows and their gradients against torch's own sums in float64."""
 
+import shutil
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from encore.devices.device import set_up_numerics
 from encore.models.embedding import LONGEST_RUN, find_occurrences, look_up, sort_occurrences
 
 # Ids that stand once, as often as a run is long, once more, and very often; rows that have none.
@@ -48,3 +51,24 @@ def test_a_long_sum_is_one_of_short_ones():
 
 def test_torchs_own_gradient_serves_where_there_is_no_gpu():
     assert find_occurrences(torch.zeros(1, 4, dtype=torch.int64), 4) is None
+
+
+@pytest.fixture
+def four_threads_that_repeat():
+    """With the settings of a run on a CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    set_up_numerics(torch.device("cpu"))
+    yield
+    torch.set_num_threads(threads)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
+def test_compiled_for_a_cpu_the_gradient_is_the_same_each_time(four_threads_that_repeat, compiler):
+    """Each thread has places of all ids. By default the compiler lets them add in the order in which they come."""
+    weight = torch.randn(16, 128, requires_grad=True)
+    idx, grad = torch.arange(16).repeat(512).reshape(16, 512), torch.randn(16, 512, 128)
+    compiled = torch.compile(lambda: (look_up(weight, idx, find_occurrences(idx, 16)) * grad).sum())
+    assert len({torch.autograd.grad(compiled(), weight)[0].numpy().tobytes() for _ in range(50)}) == 1
