@@ -22,11 +22,12 @@ def mean_cross_entropy(
 
     Matrix products are in autocast's dtype where that is on, all else in float32.
     """
-    if not torch.compiler.is_compiling():
-        return _MeanCrossEntropy.apply(x, weight, targets, vocab_size, cap)
-    # Compiled code keeps to torch's own operations: a hand-written backward pass has been compiled wrongly before, and
-    # torch does not keep what it compiles of one. Here the gradients hang on a sum that is zero.
-    mean, x_grad, weight_grad = _mean_with_gradients(x.detach(), weight.detach(), targets, vocab_size, cap)
+    dtype = dtype_of_products(x)
+    if not _is_fused(x):
+        mean, *_ = _mean_cross_entropy(x, weight, targets, vocab_size, cap, dtype)
+        return mean
+    # The compiler sees torch's own operations only. The gradients hang on a sum that is zero.
+    mean, x_grad, weight_grad = _mean_with_gradients(x.detach(), weight.detach(), targets, vocab_size, cap, dtype)
     linear = (x * x_grad).sum() + (weight * weight_grad).sum()
     return mean + (linear - linear.detach())
 
@@ -65,25 +66,16 @@ def scores_on_gpu(memory_bytes: float) -> int:
     return int(2 ** math.floor(math.log2(memory_bytes / SHARE_OF_MEMORY)))
 
 
-class _MeanCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, cap):  # type: ignore[no-untyped-def]
-        mean, *gradients = _mean_with_gradients(x, weight, targets, vocab_size, cap)
-        ctx.save_for_backward(*gradients)
-        return mean
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * grad, weight_grad * grad, None, None, None
-
-
 def _mean_with_gradients(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, cap: float | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    vocab_size: int,
+    cap: float | None,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mean loss with its gradients for x and weight. The gradient of a token's scores is their softmax less one at
-    the target, so what a part of the tokens needs is freed before the next part comes."""
-    dtype = dtype_of_products(x)
+    """The mean loss with its gradients for x and weight, by products in `dtype`. The gradient of a token's scores is
+    their softmax less one at the target, so what a part of the tokens needs is freed before the next part comes."""
     weight_grad = torch.zeros_like(weight)
     weight = weight.to(dtype)
     losses, x_grads = [], []
@@ -102,6 +94,35 @@ def _mean_with_gradients(
             weight_grad += scores_grad.T @ part.to(dtype)
     tokens = len(targets)
     return torch.cat(losses).mean(), torch.cat(x_grads).to(x.dtype) / tokens, weight_grad.div_(tokens)
+
+
+# To a compiler one operation, which it leaves as it is. torch keeps what it has compiled of these, and not of a
+# torch.autograd.Function.
+_mean_cross_entropy = torch.library.custom_op("encore::mean_cross_entropy", _mean_with_gradients, mutates_args=())
+
+
+@_mean_cross_entropy.register_fake
+def _(x, weight, targets, vocab_size, cap, dtype):  # type: ignore[no-untyped-def]
+    return x.new_empty((), dtype=_exact(dtype)), torch.empty_like(x), torch.empty_like(weight)
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    x_grad, weight_grad = ctx.saved_tensors
+    return x_grad * grad, weight_grad * grad, None, None, None, None
+
+
+_mean_cross_entropy.register_autograd(_backward, setup_context=_keep)
+
+
+def _is_fused(x: torch.Tensor) -> bool:
+    """Whether a compiler makes its own kernels of the loss. It does for a GPU. On a CPU its softmax takes twice the
+    time of torch's, and each part takes fresh memory."""
+    return torch.compiler.is_compiling() and x.device.type != "cpu"
 
 
 def _subtract_one(likely: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -166,8 +166,10 @@ def test_the_compiler_takes_the_size_of_the_parts_as_torch_s_own_mark_would_have
 
 
 @pytest.mark.slow
-def test_traced_for_the_compiler_it_is_the_same(monkeypatch):
+@pytest.mark.parametrize("fused", [False, True], ids=["for a CPU", "for a GPU"])
+def test_traced_for_the_compiler_it_is_the_same(fused, monkeypatch):
     """As one graph, in several parts; test_trainer.py goes on to machine code."""
+    monkeypatch.setattr(cross_entropy, "_is_fused", lambda x: fused and torch.compiler.is_compiling())
     monkeypatch.setattr(cross_entropy, "SCORES_AT_ONCE", 20 * (V + 19))
     x, weight, targets = make_inputs(V + 19)
 
