@@ -17,9 +17,11 @@ part takes its text from ENGLISH_TEXT_DIR, a folder of parquet files with a colu
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -65,17 +67,25 @@ def describe_machine() -> str:
 
 
 def run_part(part: str) -> bool:
-    """Runs a part in a process of its own, with its output where ours is. Whether it came to its end."""
+    """Runs a part in a process of its own, with its output where ours is. Whether it came to its end. Nothing that it
+    started goes on after it, and none of its files stay."""
     print(f"## {part}\n", flush=True)
-    try:
-        done = subprocess.run([sys.executable, "-m", "bench.gpu", *sys.argv[1:], "--part", part], timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        print(f"\nbench: {part} was not through after {SECONDS} s", flush=True)
-        return False
-    if done.returncode:
-        print(f"\nbench: {part} ended with exit code {done.returncode}", flush=True)
+    command = [sys.executable, "-m", "bench.gpu", *sys.argv[1:], "--part", part]
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        process = subprocess.Popen(command, env={**os.environ, "TMPDIR": name}, start_new_session=True)
+        try:
+            code = process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            print(f"\nbench: {part} was not through after {SECONDS} s", flush=True)
+            return False
+        finally:
+            with suppress(ProcessLookupError):  # where none is left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code:
+        print(f"\nbench: {part} ended with exit code {code}", flush=True)
     print(flush=True)
-    return done.returncode == 0
+    return code == 0
 
 
 if __name__ == "__main__":
