@@ -167,10 +167,9 @@ def main() -> None:
     )
     print(f"  Encore's step  {ours * 1e3:9.1f} ms  {trainer.tokens_per_step / ours:9,.0f} tokens/s")
     print(f"  bare step      {bare * 1e3:9.1f} ms  {trainer.tokens_per_step / bare:9,.0f} tokens/s")
-    print(
-        f"  {flops / 1e12:.3f} TFLOP/s, MFU {flops / peak.flops_per_second:.1%} of {peak.flops_per_second / 1e12:.2f}"
-    )
-    print(f"  ({peak.basis}); peak memory {peak_memory_bytes(trainer.device) / 1e9:.2f} GB")
+    mfu = f", {flops / peak.flops_per_second:.1%} of {peak.flops_per_second / 1e12:.2f} ({peak.basis})" if peak else ""
+    print(f"  {flops / 1e12:.3f} TFLOP/s{mfu}")
+    print(f"  peak memory {peak_memory_bytes(trainer.device) / 1e9:.2f} GB")
     for name, _, _ in PARTS:
         print(f"  {name:16s} {statistics.median(shares[name]):6.2%} of the run")
     print(f"speed over the bare loop: {statistics.median(b / o for o, b in pairs):.3f}")
