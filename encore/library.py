@@ -20,7 +20,8 @@ BATCH_TOKENS = 2**13  # evaluated at a time
 
 
 class LanguageModel:
-    """A trained model and its tokenizer, on the best device that there is (ENCORE_DEVICE chooses another).
+    """A trained model and its tokenizer, on the best device that there is (ENCORE_DEVICE chooses another). Turns on
+    torch's deterministic algorithms for the whole program, unless ENCORE_REPEATABLE=0.
 
     network: the torch module; `network.logits(idx)` takes ids (B, T) int64 and gives scores (B, T, V). tokenizer:
     tiktoken's Encoding. Raises EncoreError where a part of the folder is missing or damaged.

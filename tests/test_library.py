@@ -43,6 +43,19 @@ def test_a_model_that_was_trained_on_masked_documents_is_evaluated_so(short_docu
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("wanted", "on"), [("0", False), ("1", True)])
+def test_loading_turns_deterministic_algorithms_on_where_they_are_wanted(
+    wanted: str, on: bool, short_documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENCORE_DEVICE", "cpu")
+    monkeypatch.setenv("ENCORE_REPEATABLE", wanted)
+    model = random_model(replace(CONFIGS["gpt2"], vocab_size=300))
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", model, (short_documents / RANKS_FILE).read_bytes(), {})
+    encore.load(tmp_path / "model")
+    assert torch.are_deterministic_algorithms_enabled() is on
+
+
 def test_importing_it_does_not_load_torch() -> None:
     """Most commands need none, and it takes two seconds."""
     code = "import encore, sys; assert 'torch' not in sys.modules; encore.load; assert 'torch' in sys.modules"

@@ -56,12 +56,13 @@ class NanoGPT:
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if self._warm.is_set():
-                self._times += [time.perf_counter()] if line.startswith("iter ") else []
-            elif line.startswith(f"iter {self.steps}:"):
-                self.process.send_signal(signal.SIGSTOP)
-                self._warm.set()
+        with self.process.stdout as lines:
+            for line in lines:
+                if self._warm.is_set():
+                    self._times += [time.perf_counter()] if line.startswith("iter ") else []
+                elif line.startswith(f"iter {self.steps}:"):
+                    self.process.send_signal(signal.SIGSTOP)
+                    self._warm.set()
         self._warm.set()
 
 
