@@ -9,6 +9,7 @@ backward pass. Works on any device; ENCORE_DEVICE chooses one.
 
 import argparse
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -46,20 +47,22 @@ def main() -> None:
     idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     models = make_models(arguments.model, arguments.vocab_size)
     kept = [batch * (kept_bytes(model, 2) - kept_bytes(model, 1)) for model in models]
-    forwards = [
-        torch.compile(model) if hardware.compiles else model for model in (m.to(hardware.device) for m in models)
-    ]
+    models = [model.to(hardware.device) for model in models]
+    forwards = [torch.compile(model) if hardware.compiles else model for model in models]
 
-    def seconds(forward: torch.nn.Module) -> float:
+    def seconds(model: torch.nn.Module, forward: Callable[..., torch.Tensor]) -> float:
         started = time.perf_counter()
         with autocast(hardware.device, hardware.dtype):
             loss = forward(idx, targets)
         loss.backward()
         synchronize(hardware.device)
-        forward.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         return time.perf_counter() - started
 
-    rounds = [[seconds(forward) for forward in forwards] for _ in range(arguments.rounds + WARM_UP_STEPS)]
+    rounds = [
+        [seconds(model, forward) for model, forward in zip(models, forwards, strict=True)]
+        for _ in range(arguments.rounds + WARM_UP_STEPS)
+    ]
     best = [min(times) for times in zip(*rounds[WARM_UP_STEPS:], strict=True)]  # what else runs only slows them down
     print(f"{arguments.model} on {hardware}, torch {torch.__version__}, best of {arguments.rounds} rounds:")
     for name, least, size in zip(("with", "without"), best, kept, strict=True):

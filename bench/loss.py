@@ -78,12 +78,12 @@ def differ(way: str, dtype: torch.dtype) -> float:
     x, weight, targets = make(FEW_TOKENS, device)
     exact_x, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (x, weight))
     exact = F.cross_entropy(F.linear(exact_x, exact_weight[:VOCAB_SIZE]), targets)
-    exact.backward()
+    right = exact, *torch.autograd.grad(exact, (exact_x, exact_weight))
     with autocast(device, dtype):
         loss = WAYS[way](x, weight, targets) if way == "Encore's" else WAYS[way](x, weight[:VOCAB_SIZE], targets)
-    loss.backward()
-    pairs = [(loss, exact), (x.grad, exact_x.grad), (weight.grad, exact_weight.grad)]
-    return max(((ours - right).abs().max() / right.abs().max()).item() for ours, right in pairs)
+    ours = loss, *torch.autograd.grad(loss, (x, weight))
+    pairs = zip(ours, right, strict=True)
+    return max(((found - true).abs().max() / true.abs().max()).item() for found, true in pairs)
 
 
 def main() -> None:

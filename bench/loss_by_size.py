@@ -9,7 +9,7 @@ as a check, and with all of them.
 
 import argparse
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,7 +55,7 @@ def load(name: str) -> tuple[int, float]:
     metrics = revision.read("metrics/metrics.json")
     if metrics is None:
         raise EncoreError(f"metrics/metrics.json of {name} is missing; `dvc queue status` says whether it has run")
-    page = read_yaml(revision, "params.yaml")
+    page = read_yaml(revision, "params.yaml", dict[str, Any])
     return count_in_layers(page["n_layer"], page["n_embd"]), json.loads(metrics)["val"]["loss"]
 
 

@@ -81,9 +81,15 @@ def clone(template: Path, folder: Path) -> Path:
 
 
 def start(folder: Path) -> subprocess.Popen:
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ENCORE_DEVICE": "cpu"}
-    return subprocess.Popen(["make", "repro"], cwd=folder, env=environment, start_new_session=True, **quiet)
+    return subprocess.Popen(
+        ["make", "repro"],
+        cwd=folder,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def finish(folder: Path) -> dict[str, str] | None:

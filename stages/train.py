@@ -7,7 +7,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -113,7 +113,14 @@ def resolve_rates(params: StageParams) -> StageParams:
     return StageParams("train", {**values, **fill_in(values, read_manifest(TOKENS)["vocab_size"])})
 
 
-def hash_inputs(params: StageParams) -> dict[str, str | None]:
+class Inputs(TypedDict):
+    """What a run is computed from."""
+
+    data_sha256: str
+    init_sha256: str | None
+
+
+def hash_inputs(params: StageParams) -> Inputs:
     """The hashes of the manifests of data/tokens and, where training does not start from scratch, data/init."""
     init_sha256 = None
     if params.init_from != SCRATCH:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu.pages import TINY, TINY_VOCAB_SIZE, gpt2, nanochat, nanochat_plus, print_head, print_row
+from bench.gpu.pages import TINY, TINY_VOCAB_SIZE, Page, gpt2, nanochat, nanochat_plus, print_head, print_row
 from bench.train import VOCAB_SIZE
 from encore.devices.device import autocast, find_device, naming_what_does_not_repeat, set_up_numerics
 from encore.models.architectures import Model, make_config, make_model
 from encore.params import StageParams
 from encore.training.compiled_check import LARGEST_ERROR
 
-PAGES = {
+PAGES: dict[str, Callable[..., Page]] = {
     "gpt2": gpt2,
     "nanochat": nanochat,
     "nanochat-plus": nanochat_plus,
@@ -40,7 +40,7 @@ def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
         model = make_model(make_config(StageParams("train", page), vocab_size)).to(device)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += NOISE * torch.randn_like(parameter)
+                parameter.add_(NOISE * torch.randn_like(parameter))
         batch = torch.randint(vocab_size, (SEQUENCES, page["block_size"] + 1), device=device)
         batch[:, 1 :: page["block_size"] // DOCUMENTS] = vocab_size - 1  # end-of-text
         exact = copy.deepcopy(model).double()
@@ -63,10 +63,11 @@ def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
 def compute(forward: Callable[..., torch.Tensor], model: Model, batch: torch.Tensor, dtype: torch.dtype) -> Values:
     """The loss and every gradient, in the precision that they come in."""
     model.zero_grad()
+    parameters = dict(model.named_parameters())
     with autocast(batch.device, dtype), naming_what_does_not_repeat():
         loss = forward(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
-        loss.backward()
-    return {"loss": loss.detach(), **{name: parameter.grad.clone() for name, parameter in model.named_parameters()}}
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+    return {"loss": loss.detach(), **dict(zip(parameters, gradients, strict=True))}
 
 
 def compare(actual: Values, right: Values) -> tuple[float, float, str]:

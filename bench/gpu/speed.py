@@ -133,9 +133,10 @@ def start_nanogpt(folder: Path, nanogpt: Path, page: Page, tokens: Path, steps: 
         **({} if is_gpu() else {"device": "cpu", "compile": False, "dtype": "float32"}),
     }
     command = [sys.executable, "-u", "train.py", *(f"--{key}={value}" for key, value in settings.items())]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     tokens_per_step = page["batch_size"] * page["block_size"] * page["gradient_accumulation_steps"]
-    return NanoGPT(subprocess.Popen(command, cwd=place, **pipes), steps, tokens_per_step)
+    pipe, same = subprocess.PIPE, subprocess.STDOUT
+    process = subprocess.Popen(command, cwd=place, stdout=pipe, stderr=same, text=True)
+    return NanoGPT(process, steps, tokens_per_step)
 
 
 def print_steps(folder: Path, name: str, result: dict[str, Any], pages: dict[str, Page]) -> None:

@@ -56,8 +56,8 @@ class Job:
         (folder / "data/tokens").symlink_to(tokens)
         (folder / "page.json").write_text(json.dumps(page))
         command = [sys.executable, "-m", "bench.gpu.step", "page.json", work, str(steps)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        return cls(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+        pipe = subprocess.PIPE
+        return cls(subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True))
 
     def wait_until_ready(self) -> bool:
         """Whether it will be able to do its work."""

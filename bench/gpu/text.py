@@ -24,8 +24,9 @@ ROUNDS = 5
 def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
     """All ways write what is likeliest, in float32, so their texts must be one and the same."""
     torch.manual_seed(0)
-    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 32} if tiny else {"n_layer": 12, "n_head": 12, "n_embd": 768}
-    config = GPT2Config(TINY_VOCAB_SIZE if tiny else VOCAB_SIZE, block_size=64 if tiny else 1024, bias=True, **sizes)
+    n_layer, n_head, n_embd = (1, 1, 32) if tiny else (12, 12, 768)
+    vocab_size, block_size = (TINY_VOCAB_SIZE, 64) if tiny else (VOCAB_SIZE, 1024)
+    config = GPT2Config(vocab_size, block_size, n_layer, n_head, n_embd, bias=True)
     model = GPT2(config).eval()
     with torch.no_grad():  # scores that differ, so that a text is not one word
         for parameter in model.parameters():
@@ -41,7 +42,7 @@ def run(folder: Path, tiny: bool, nanogpt: Path | None) -> None:
         print("transformers is not installed here, so it has no row.\n")
     model.to(find_device())
     print_head("way", "tokens/s", "ms a token", "text")
-    texts = {}
+    texts: dict[str, list[int]] = {}
     for name, write in ways.items():
         seconds = [clock(write, texts, name) for _ in range(1 + ROUNDS)][1:]
         median = statistics.median(seconds)

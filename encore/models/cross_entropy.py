@@ -24,7 +24,7 @@ def mean_cross_entropy(
     """
     dtype = dtype_of_products(x)
     if not _is_fused(x):
-        mean, *_ = _mean_cross_entropy(x, weight, targets, vocab_size, cap, dtype)
+        mean, *_ = torch.ops.encore.mean_cross_entropy(x, weight, targets, vocab_size, cap, dtype)
         return mean
     # The compiler sees torch's own operations only. The gradients hang on a sum that is zero.
     mean, x_grad, weight_grad = _mean_with_gradients(x.detach(), weight.detach(), targets, vocab_size, cap, dtype)
@@ -97,11 +97,14 @@ def _mean_with_gradients(
 
 
 # To a compiler one operation, which it leaves as it is. torch keeps what it has compiled of these, and not of a
-# torch.autograd.Function.
-_mean_cross_entropy = torch.library.custom_op("encore::mean_cross_entropy", _mean_with_gradients, mutates_args=())
+# torch.autograd.Function. Not by torch.library.custom_op, whose first call imports the compiler, 2 seconds, also where
+# none is used.
+OPERATION = "encore::mean_cross_entropy"
+torch.library.define(OPERATION, torch.library.infer_schema(_mean_with_gradients, mutates_args=()))
+torch.library.impl(OPERATION, "default", _mean_with_gradients)
 
 
-@_mean_cross_entropy.register_fake
+@torch.library.register_fake(OPERATION)
 def _(x, weight, targets, vocab_size, cap, dtype):  # type: ignore[no-untyped-def]
     return x.new_empty((), dtype=_exact(dtype)), torch.empty_like(x), torch.empty_like(weight)
 
@@ -116,7 +119,7 @@ def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     return x_grad * grad, weight_grad * grad, None, None, None, None
 
 
-_mean_cross_entropy.register_autograd(_backward, setup_context=_keep)
+torch.library.register_autograd(OPERATION, _backward, setup_context=_keep)
 
 
 def _is_fused(x: torch.Tensor) -> bool:

@@ -1,5 +1,8 @@
 """The loss in parts against torch's own over all scores at once, in float64."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -163,6 +166,22 @@ def test_the_compiler_takes_the_size_of_the_parts_as_torch_s_own_mark_would_have
 
     torch.compiler.assume_constant_result(marked)
     assert vars(cross_entropy.scores_at_once).items() >= vars(marked).items() != set()
+
+
+IMPORTS = """
+import sys, torch
+from encore.models.cross_entropy import mean_cross_entropy
+x, weight = (torch.ones(count, 4, requires_grad=True) for count in (3, 7))
+mean_cross_entropy(x, weight, torch.tensor([0, 1, 2]), 7).backward()
+print("torch._dynamo" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_as_it_is_written_it_does_not_load_the_compiler():
+    """In a process of its own, and not by a fork of one that has it."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 @pytest.mark.slow
