@@ -42,7 +42,6 @@ def test_a_model_that_was_trained_on_masked_documents_is_evaluated_so(short_docu
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("wanted", "on"), [("0", False), ("1", True)])
 def test_loading_turns_deterministic_algorithms_on_where_they_are_wanted(
     wanted: str, on: bool, short_documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -56,6 +55,7 @@ def test_loading_turns_deterministic_algorithms_on_where_they_are_wanted(
     assert torch.are_deterministic_algorithms_enabled() is on
 
 
+@pytest.mark.slow
 def test_importing_it_does_not_load_torch() -> None:
     """Most commands need none, and it takes two seconds."""
     code = "import encore, sys; assert 'torch' not in sys.modules; encore.load; assert 'torch' in sys.modules"
